@@ -1,0 +1,812 @@
+"""Data for every stage: sets, splits, transforms, mixup, sharding over processes, robustness sets, few-shot episodes.
+
+    config = models.load_config("configs/demo_nac.yaml")
+    process = data.setup()                                            # device, rank, world: one process or torchrun's
+    train = data.load(config, "train", stage="student")               # an ImageSet
+    for images, targets in data.train_batches(train, config, "student", epoch, process): ...
+    for images, labels in data.eval_batches(data.load(config, "test"), config, process): ...
+
+Two ideas carry the file. (1) Nothing random has a state: every draw is a pure function of (seed, stage, epoch, position
+in the epoch), so a killed run resumes exactly from a step number, and the same global batch comes out however many
+processes share it. (2) Small sets live in memory as uint8 and are cropped and flipped as whole batches on the device;
+large ones are read from files, image by image, in worker processes.
+
+Axes: N images, B batch of one process, H = W image size, K classes. Images are uint8 N 3 H W until normalised.
+"""
+
+import datetime
+import functools
+import gzip
+import math
+import os
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from models import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, used for every set
+FILL = tuple(round(255 * m) for m in MEAN)                 # colour of what a rotation or shear moves into the image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes and device: plain `python` is one process; torchrun says in the environment which one this is.
+
+
+class Setup(NamedTuple):
+    device: torch.device
+    rank: int
+    world: int
+
+
+def setup(device="auto"):
+    """Device and process group of this process -> Setup. A collective that waits longer than 30 minutes fails."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if world == 1 and _mps_works() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local}"
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    return Setup(device, rank, world)
+
+
+def _mps_works():
+    """Apple's GPU can be reported and still refuse to work (virtual machines): compute something and see."""
+    try:
+        return torch.backends.mps.is_available() and (torch.ones(2, device="mps") + 1).sum().item() == 4
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def sum_over_processes(tensor):
+    """Adds the processes' tensors up, in place, and returns it; with one process the tensor is left as it is."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def close():
+    """Leaves the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image sets
+
+
+class ImageSet:
+    """N labelled images, in memory or as files.
+
+    labels       LongTensor N, indices into class_names
+    images       uint8 N 3 H W, or None when the images are files
+    files        list of N paths, or None when the images are in memory
+    present      None, or LongTensor: the classes that this set has at all. Scores are then taken among these only,
+                 logits of the others left out, which is how ImageNet-R's numbers are made.
+    rendition    whether evaluation draws a rendition of each file (in-memory sets hold theirs already drawn)
+    """
+
+    def __init__(self, labels, class_names, images=None, files=None, present=None, rendition=False):
+        self.labels, self.class_names = torch.as_tensor(labels, dtype=torch.long), list(class_names)
+        self.images, self.files, self.present, self.rendition = images, files, present, rendition
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, indices):
+        """The images at `indices` (N-long integer array or tensor), in that order, as an ImageSet."""
+        indices = torch.as_tensor(indices, dtype=torch.long)
+        images = None if self.images is None else self.images[indices]
+        files = None if self.files is None else [self.files[i] for i in indices.tolist()]
+        return ImageSet(self.labels[indices], self.class_names, images, files, self.present, self.rendition)
+
+    def picture(self, index):
+        """Image `index` as an RGB PIL image, H and W as they are on disk or in memory."""
+        if self.files is not None:
+            return read_image(self.files[index])
+        return Image.fromarray(self.images[index].permute(1, 2, 0).contiguous().numpy())
+
+
+def load(config, split, stage=None):
+    """The images of one split -> ImageSet.
+
+    split: train, validation, test, renditions (the test images, redrawn), or a folder of <class name>/* (robustness).
+    One permutation, seeded by config["seed"], cuts the training pool: its last `validation_images` are the validation
+    set, of the rest the first `train_images` are the training set, and of these a stage sees train.<stage>.images.
+    Glyphs are drawn, each split from indices of its own. Raises UserError where files or numbers do not fit.
+    """
+    options, seed = config["data"], config["seed"]
+    if split in ("train", "validation"):
+        pool = _pool(options, split)
+        order = np.random.default_rng(seed).permutation(len(pool))
+        count, held_out = options["train_images"], options["validation_images"]
+        if options["set"] != "glyphs":
+            if held_out + max(count, 1) > len(pool):
+                raise UserError(f"data.train_images {count} and data.validation_images {held_out} ask for more than "
+                                f"the {len(pool)} images of {options['set']}'s training pool; lower one of them")
+            rest = len(pool) - held_out
+            order = order[rest:] if split == "validation" else order[:rest][:count or None]
+        if split == "train" and stage is not None and config["train"][stage]["images"] is not None:
+            first, stop = config["train"][stage]["images"]
+            if not 0 <= first < stop <= len(order):
+                raise UserError(f"train.{stage}.images [{first}, {stop}] is not a range within the {len(order)} "
+                                "training images; choose 0 <= first < stop <= that number")
+            order = order[first:stop]
+        if not len(order):
+            raise UserError(f"data.{split}_images 0 leaves no {split} images; give a number above 0")
+        return pool.take(order)
+    if split in ("test", "renditions"):
+        test, count = _pool(options, "test"), options["test_images"]
+        if count > len(test):
+            raise UserError(f"data.test_images {count} exceeds the {len(test)} test images; lower it, or 0 for all")
+        if 0 < count < len(test):   # the same subset for every seed, so that seeds are compared on the same images
+            test = test.take(np.sort(np.random.default_rng(0).permutation(len(test))[:count]))
+        return renditions(test) if split == "renditions" else test
+    return _robustness(split, class_names(options))
+
+
+def class_names(options):
+    """The class names of the training set of config["data"], index = label; reads no image where it need not."""
+    if options["set"] in ("imagenet", "tiny_imagenet", "folder"):
+        return _checked(_class_folders(os.path.join(_root(options), "train")), options)
+    return _pool(options, "test").class_names
+
+
+def _pool(options, split):
+    """All images that a split is cut from: train and validation share one pool, but for glyphs, which are drawn."""
+    name = options["set"]
+    if name == "glyphs":
+        return _glyphs(options, split)
+    part = "test" if split == "test" else "train"
+    readers = {"fashion_mnist": _fashion_mnist, "cifar100": _cifar100, "cub": _cub, "tiny_imagenet": _folders,
+               "imagenet": _folders, "folder": _folders}
+    pool = readers[name](options, part)
+    _checked(pool.class_names, options)
+    return pool
+
+
+def _checked(names, options):
+    """The class names, if they are as many as the models are built for (data.classes; 0 or None: not checked)."""
+    if options["classes"] and len(names) != options["classes"]:
+        raise UserError(f"data.classes is {options['classes']} but {options['set']} in data.root "
+                        f"{options['root'] or '(default)'} has {len(names)} classes; set data.classes={len(names)}")
+    return names
+
+
+def _root(options):
+    root = options["root"]
+    if not root or not os.path.isdir(root):
+        raise UserError(f"data.root {root!r} is not a folder; set data.root to where {options['set']} lies")
+    return root
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Glyphs: letters and digits drawn on the fly, so that the demo needs no download
+
+GLYPHS = "ABCDEFGHJKLMNPRSTWXYZ347"   # no pair that a small rotation or shear turns into each other (O Q 0, I 1, U V …)
+FIRST_INDEX = {"train": 0, "validation": 1 << 40, "test": 2 << 40}   # splits never share an index, hence no image
+
+
+def _glyphs(options, split):
+    count, classes, size = options[f"{split}_images"], options["classes"] or len(GLYPHS), options["image_size"]
+    if not 1 < classes <= len(GLYPHS):
+        raise UserError(f"data.classes {classes} is not possible for glyphs; choose 2 to {len(GLYPHS)}")
+    if count < 1:
+        raise UserError(f"data.{split}_images {count} draws no glyphs; give a number above 0")
+    labels = np.arange(count) % classes
+    images = np.empty((count, size, size, 3), np.uint8)
+    for i, label in enumerate(labels):
+        images[i] = draw_glyph(label, FIRST_INDEX[split] + i, size, classes)
+    return ImageSet(labels, GLYPHS[:classes], torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+
+
+@functools.lru_cache(maxsize=None)
+def _glyph_mask(character, side):
+    """The character in white on black, `side` pixels square and centred: drawn once, then only transformed."""
+    font = ImageFont.load_default(size=0.8 * side)   # Pillow's own scalable font: nothing to install
+    mask = Image.new("L", (side, side))
+    ImageDraw.Draw(mask).text((side / 2, side / 2), character, fill=255, font=font, anchor="mm")
+    return mask
+
+
+def _placed(character, size, scale, angle, shear, x, y):
+    """Mask (size x size) of the character: `scale` times the image, rotated (radians), sheared, centred at x, y."""
+    side = max(48, size)
+    ratio = side / (scale * size)
+    # Pillow wants the map from output to input: inverse of rotation · shear · scale, about the two centres
+    cos, sin = math.cos(angle) * ratio, math.sin(angle) * ratio
+    a, b, d, e = cos - shear * -sin, sin - shear * cos, -sin, cos
+    c, f = side / 2 - a * x - b * y, side / 2 - d * x - e * y
+    return _glyph_mask(character, side).transform((size, size), Image.Transform.AFFINE, (a, b, c, d, e, f),
+                                                  Image.Resampling.BILINEAR)
+
+
+def draw_glyph(label, index, size=32, classes=len(GLYPHS)):
+    """One glyph -> uint8 H W 3, a pure function of its arguments. About .15 ms at 32 x 32."""
+    rng = np.random.default_rng(index)
+    uniform = iter(rng.random(64).tolist())   # one call for all numbers: a call costs more than a number
+
+    def between(low, high):
+        return low + (high - low) * next(uniform)
+
+    def colour():
+        return tuple(int(256 * next(uniform)) for _ in range(3))
+
+    # fore- and background of a contrast of at least 70 grey levels, else the glyph would vanish
+    back, fore = colour(), colour()
+    while abs(_grey(back) - _grey(fore)) < 70:
+        back, fore = tuple(rng.integers(0, 256, 3).tolist()), tuple(rng.integers(0, 256, 3).tolist())
+    canvas = Image.new("RGB", (size, size), back)
+    draw = ImageDraw.Draw(canvas)
+
+    # clutter below: a piece of another letter, faint, and dots; above: thin lines of any colour
+    other = GLYPHS[int(len(GLYPHS) * next(uniform))]
+    faint = tuple(int(b + 0.4 * (f - b)) for f, b in zip(fore, back))
+    canvas.paste(faint, (0, 0), _placed(other, size, between(0.5, 0.9), between(-3, 3), 0,
+                                        between(0, 1) * size, between(0, 1) * size))
+    for _ in range(3):
+        x, y, radius = between(0, size), between(0, size), between(0.02, 0.06) * size
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour())
+    canvas.paste(fore, (0, 0), _placed(GLYPHS[label], size, between(0.6, 1.0), between(-0.5, 0.5), between(-0.35, 0.35),
+                                       between(0.35, 0.65) * size, between(0.35, 0.65) * size))
+    for _ in range(2):
+        draw.line([between(0, size) for _ in range(4)], fill=colour(), width=max(1, size // 32))
+    noise = rng.integers(-16, 17, (size, size, 3), dtype=np.int16)
+    return np.clip(np.asarray(canvas) + noise, 0, 255).astype(np.uint8)
+
+
+def _grey(colour):
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Renditions: a robustness set out of any test set, as ImageNet-R is one of ImageNet
+
+
+def renditions(imageset):
+    """The set's images as drawings, prints and the like. In-memory images are redrawn now, files when they are read."""
+    if imageset.images is None:
+        return ImageSet(imageset.labels, imageset.class_names, None, imageset.files, imageset.present, rendition=True)
+    drawn = np.stack([np.asarray(rendition(imageset.picture(i), i)) for i in range(len(imageset))])
+    return ImageSet(imageset.labels, imageset.class_names, torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous())
+
+
+def rendition(image, index):
+    """One of eight renditions of an RGB PIL image, chosen by its index alone (but not in step with its label)."""
+    kind = zlib.crc32(str(index).encode()) % len(RENDITIONS)
+    return RENDITIONS[kind](image).convert("RGB")
+
+
+RENDITIONS = (
+    lambda image: ImageOps.autocontrast(image.filter(ImageFilter.FIND_EDGES)),       # neon outlines on black
+    lambda image: image.convert("L").filter(ImageFilter.EMBOSS),                     # relief
+    lambda image: ImageOps.posterize(image, 1),                                      # two levels a channel
+    lambda image: ImageOps.solarize(image, 128),                                     # bright parts inverted
+    lambda image: image.filter(ImageFilter.GaussianBlur(image.width / 20)),          # out of focus
+    lambda image: image.convert("L").filter(ImageFilter.CONTOUR),                    # pencil lines on white
+    lambda image: ImageOps.autocontrast(image.convert("L"), cutoff=2).convert("1"),   # newsprint: dithered to black dots
+    lambda image: ImageOps.invert(image.filter(ImageFilter.ModeFilter(5))),          # negative of a coarse painting
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sets on disk
+
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+FASHION_ROOT = "/usr/share/datasets/fashion-mnist"   # where Debian's package dataset-fashion-mnist puts the four files
+
+
+def _fashion_mnist(options, part):
+    """Grey 28 x 28 images, zero padded to image_size, the same in all three channels (a view: no memory used)."""
+    root, size, prefix = options["root"] or FASHION_ROOT, options["image_size"], "t10k" if part == "test" else "train"
+    if size < 28:
+        raise UserError(f"data.image_size {size} is too small for fashion_mnist; choose 28 or more (32 is usual)")
+    images = read_idx(os.path.join(root, f"{prefix}-images-idx3-ubyte.gz"), dimensions=3)
+    path = os.path.join(root, f"{prefix}-labels-idx1-ubyte.gz")
+    labels = read_idx(path, dimensions=1)
+    if len(labels) != len(images) or labels.max() >= len(FASHION) or images.shape[1:] != (28, 28):
+        raise UserError(f"{path} holds {len(labels)} labels up to {labels.max()} for images of shape {images.shape}, "
+                        "which is not Fashion-MNIST; download its four .gz files again")
+    before, after = (size - 28) // 2, (size - 28 + 1) // 2
+    images = F.pad(torch.from_numpy(images), (before, after, before, after))   # N H W
+    return ImageSet(labels, FASHION, images[:, None].expand(-1, 3, -1, -1))    # N 3 H W
+
+
+def read_idx(path, dimensions):
+    """A gzipped IDX file of unsigned bytes -> uint8 array. Format: yann.lecun.com/exdb/mnist. Raises UserError.
+
+    Header: bytes 0 0 8 (unsigned byte) d (number of dimensions), then d big-endian 4-byte sizes, then the values.
+    """
+    try:
+        with gzip.open(path, "rb") as file:
+            raw = file.read()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; install Debian's package dataset-fashion-mnist, or download "
+                        "Fashion-MNIST's four .gz files and set data.root to their folder") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read as gzip ({error}); download it again") from None
+    start = 4 + 4 * dimensions
+    if len(raw) < start or raw[:4] != bytes((0, 0, 8, dimensions)):
+        raise UserError(f"{path} is not an IDX file of bytes with {dimensions} dimensions; download it again")
+    shape = np.frombuffer(raw[4:start], ">i4").astype(int)
+    if len(raw) - start != shape.prod():
+        raise UserError(f"{path} holds {len(raw) - start} values where its header says {shape.prod()}; "
+                        "download it again")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def _folders(options, part):
+    """train/<class>/* with val/<class>/* (imagenet, tiny_imagenet), or with test/ or else val/ (folder)."""
+    root = _root(options)
+    names = _class_folders(os.path.join(root, "train"))
+    if part == "train":
+        return _read_folders(os.path.join(root, "train"), names, names)
+    test = os.path.join(root, "test")
+    if options["set"] != "folder" or not os.path.isdir(test):
+        test = os.path.join(root, "val")
+    annotations, flat = os.path.join(test, "val_annotations.txt"), os.path.join(test, "images")
+    if options["set"] == "tiny_imagenet" and os.path.isdir(flat):
+        if os.path.isfile(annotations) and _image_files(flat):   # as downloaded: one folder and a list
+            return _annotated(annotations, flat, names)
+        if _subfolders(flat):                                    # re-sorted within val/images
+            test = flat
+    found = [name for name in _class_folders(test) if name != "images" or name in names]
+    if set(found) != set(names):
+        odd = sorted(set(found) ^ set(names))
+        raise UserError(f"{test} and {os.path.join(root, 'train')} must hold the same class folders, but only one of "
+                        f"them has {odd[0]!r} ({len(odd)} such); complete data.root or remove the folder")
+    return _read_folders(test, names, names)
+
+
+def _subfolders(folder):
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+def _image_files(folder):
+    return sorted(e.path for e in os.scandir(folder)
+                  if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".") and e.is_file())
+
+
+def _class_folders(folder):
+    """The sorted names of the folders in a folder, at least two: one class is never what was meant."""
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} does not exist; set data.root to the folder that holds it")
+    names = _subfolders(folder)
+    if len(names) < 2:
+        flat = f" and {len(_image_files(folder))} images beside them" if _image_files(folder) else ""
+        raise UserError(f"{folder} holds {len(names)} class folders{flat}; sort its images into one folder a class")
+    return names
+
+
+def _read_folders(folder, found, names):
+    """All images of the class folders `found`, labelled by their place in `names`. Empty classes are refused."""
+    files, labels, place = [], [], {name: label for label, name in enumerate(names)}
+    for name in found:
+        inner = os.path.join(folder, name, "images")   # Tiny-ImageNet has one folder more
+        some = _image_files(inner if os.path.isdir(inner) else os.path.join(folder, name))
+        if not some:
+            raise UserError(f"{os.path.join(folder, name)} holds no images; complete the class or remove its folder")
+        files += some
+        labels += [place[name]] * len(some)
+    return ImageSet(labels, names, files=files)
+
+
+def _annotated(annotations, folder, names):
+    """Tiny-ImageNet's val as downloaded; a line of the list is file, wnid and a box, separated by tabs."""
+    place, files, labels = {name: label for label, name in enumerate(names)}, [], []
+    for line in _lines(annotations):
+        if len(line) < 2 or line[1] not in place or not os.path.isfile(os.path.join(folder, line[0])):
+            raise UserError(f"{annotations} has the line {' '.join(line)!r}, which names no image in {folder} with a "
+                            "class of train; download the set again")
+        files.append(os.path.join(folder, line[0]))
+        labels.append(place[line[1]])
+    if len(files) != len(_image_files(folder)):
+        raise UserError(f"{annotations} lists {len(files)} images but {folder} holds {len(_image_files(folder))}; "
+                        "download the set again")
+    return ImageSet(labels, names, files=files)
+
+
+def _lines(path):
+    """The words of each line of a text file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.split() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); complete data.root") from None
+
+
+def _robustness(folder, names):
+    """A folder of <class name>/*, its classes matched by name with the training set's; `present` says which match.
+
+    Folders of other names are left out: the model cannot choose them.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"data.robustness has {folder!r}, which is not a folder; give 'renditions' or a folder of "
+                        "class folders")
+    found = [name for name in _subfolders(folder) if name in set(names)]
+    if len(found) < 2:
+        raise UserError(f"data.robustness folder {folder} has {len(found)} of the training set's class names; its "
+                        f"folders must be named as they are, for example {names[0]!r}")
+    imageset = _read_folders(folder, found, names)
+    imageset.present = imageset.labels.unique()
+    return imageset
+
+
+def _inside(root, inner, needed):
+    """`root`, or `root/inner` as the archive unpacks, whichever holds the file `needed`."""
+    for folder in (root, os.path.join(root, inner)):
+        if os.path.isfile(os.path.join(folder, needed)):
+            return folder
+    raise UserError(f"data.root {root} holds no {needed}; set data.root to the folder of the unpacked {inner}")
+
+
+def _cifar100(options, part):
+    """CIFAR-100's binary version: records of coarse label, fine label, 3072 bytes (RGB planes of 32 x 32)."""
+    root = _inside(_root(options), "cifar-100-binary", f"{part}.bin")
+    path = os.path.join(root, f"{part}.bin")
+    raw = np.fromfile(path, np.uint8)
+    if not len(raw) or len(raw) % 3074 or raw[1::3074].max() > 99:
+        raise UserError(f"{path} ({len(raw)} bytes) is not whole CIFAR-100 records of 3074 bytes; download it again")
+    records = raw.reshape(-1, 3074)
+    names_file = os.path.join(root, "fine_label_names.txt")
+    names = [line[0] for line in _lines(names_file)] if os.path.isfile(names_file) else [str(k) for k in range(100)]
+    return ImageSet(records[:, 1].astype(np.int64), names,
+                    torch.from_numpy(records[:, 2:].reshape(-1, 3, 32, 32).copy()))
+
+
+def _cub(options, part):
+    """CUB-200-2011: three lists, joined by the image's number, say each file's class (from 1) and split."""
+    root = _inside(_root(options), "CUB_200_2011", "images.txt")
+    lists = [{line[0]: line[1] for line in _lines(os.path.join(root, f"{name}.txt"))}
+             for name in ("images", "image_class_labels", "train_test_split")]
+    if not lists[0].keys() == lists[1].keys() == lists[2].keys():
+        raise UserError(f"{root}'s images.txt, image_class_labels.txt and train_test_split.txt do not list the same "
+                        "images; unpack CUB-200-2011 again")
+    files, labels, names = [], [], {}
+    for number, file in lists[0].items():
+        names[int(lists[1][number]) - 1] = file.split("/")[0]
+        if (lists[2][number] == "1") == (part == "train"):
+            files.append(os.path.join(root, "images", file))
+            labels.append(int(lists[1][number]) - 1)
+    if not files or sorted(names) != list(range(len(names))):
+        raise UserError(f"{root} lists {len(files)} {part} images and classes that are not 1 to {len(names)}; "
+                        "unpack CUB-200-2011 again")
+    return ImageSet(labels, [names[label] for label in range(len(names))], files=files)
+
+
+def read_image(path):
+    """An image file of any colour mode -> RGB PIL image. A file that cannot be read is a UserError that names it."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I"):   # 16-bit grey: Pillow itself would clip it to white
+                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+            if image.has_transparency_data:  # dropping alpha would uncover whatever colour lies below: put it on white
+                image = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:   # decoders raise OSError, SyntaxError, ValueError, struct.error, …
+        reason = str(error).replace(str(path), "it")
+        raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms of single images (PIL, RGB), each with its numpy generator
+
+
+def augment(image, size, options, rng):
+    """The training view of one image -> uint8 H W 3: crop, flip, RandAugment. Erasing comes after normalisation."""
+    if options["resized_crop"]:
+        box = resized_crop_box(image.width, image.height, options["resized_crop"], rng)
+        image = image.resize((size, size), Image.Resampling.BICUBIC, box)
+    else:
+        image = centre_crop(image, size)
+    if options["pad"]:   # as crop_and_flip does for whole batches
+        dy, dx = rng.integers(-options["pad"], options["pad"] + 1, 2)
+        rows, columns = (np.clip(np.arange(size) + d, 0, size - 1) for d in (dy, dx))
+        image = Image.fromarray(np.asarray(image)[rows][:, columns])
+    if rng.random() < options["flip"]:
+        image = ImageOps.mirror(image)
+    if options["randaugment"]:
+        image = randaugment(image, options["randaugment"], rng)
+    return np.asarray(image)
+
+
+def centre_crop(image, size):
+    """Evaluation's view: the shorter side to 256/224 · size (to `size` itself at 32 px or less), centre cropped."""
+    short = size if size <= 32 else int(size * 256 / 224)
+    if (image.width, image.height) == (size, size) == (short, short):
+        return image
+    scale = short / min(image.size)
+    width, height = (max(short, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+
+
+def resized_crop_box(width, height, scale, rng):
+    """Random resized crop (1409.4842): area uniform in `scale`, aspect log-uniform in 3/4 – 4/3, 10 tries; then centre.
+
+    -> left, top, right, bottom in pixels.
+    """
+    for _ in range(10):
+        area = rng.uniform(*scale) * width * height
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    # no luck, so the image is long and thin: the largest centred box of an allowed aspect
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+# RandAugment (1909.13719) as timm's "increasing" set: each operation gets worse with the level m in 0 … 10.
+# An operation is a function (image, m, sign) -> image; sign is -1 or 1 and ignored where there is no direction.
+
+
+def _affine(image, matrix):
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+def _posterize(image, m, sign):
+    low = 2 ** (4 + int(4 * m / 10)) - 1   # the bits to clear; at m = 10 all eight, which Pillow's own refuses to do
+    return image.point([v & ~low for v in range(256)] * 3)
+
+
+def _solarize_add(image, m, sign):
+    add = int(110 * m / 10)
+    return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
+
+
+OPERATIONS = {
+    "AutoContrast": lambda image, m, sign: ImageOps.autocontrast(image),
+    "Equalize": lambda image, m, sign: ImageOps.equalize(image),
+    "Invert": lambda image, m, sign: ImageOps.invert(image),
+    "Rotate": lambda image, m, sign: image.rotate(sign * 30 * m / 10, Image.Resampling.BICUBIC, fillcolor=FILL),
+    "Posterize": _posterize,
+    "Solarize": lambda image, m, sign: ImageOps.solarize(image, 256 - int(256 * m / 10)),
+    "SolarizeAdd": _solarize_add,
+    "Color": lambda image, m, sign: ImageEnhance.Color(image).enhance(1 + sign * 0.9 * m / 10),
+    "Contrast": lambda image, m, sign: ImageEnhance.Contrast(image).enhance(1 + sign * 0.9 * m / 10),
+    "Brightness": lambda image, m, sign: ImageEnhance.Brightness(image).enhance(1 + sign * 0.9 * m / 10),
+    "Sharpness": lambda image, m, sign: ImageEnhance.Sharpness(image).enhance(1 + sign * 0.9 * m / 10),
+    "ShearX": lambda image, m, sign: _affine(image, (1, sign * 0.3 * m / 10, 0, 0, 1, 0)),
+    "ShearY": lambda image, m, sign: _affine(image, (1, 0, 0, sign * 0.3 * m / 10, 1, 0)),
+    "TranslateX": lambda image, m, sign: _affine(image, (1, 0, sign * 0.45 * m / 10 * image.width, 0, 1, 0)),
+    "TranslateY": lambda image, m, sign: _affine(image, (1, 0, 0, 0, 1, sign * 0.45 * m / 10 * image.height)),
+}
+
+
+def randaugment(image, magnitude, rng):
+    """Two operations drawn with replacement, each done with p = .5 at level magnitude + N(0, .5), within 0 … 10."""
+    for name in rng.choice(list(OPERATIONS), 2):
+        if rng.random() < 0.5:
+            level = min(10, max(0, rng.normal(magnitude, 0.5)))
+            image = OPERATIONS[name](image, level, 1 if rng.random() < 0.5 else -1)
+    return image
+
+
+def erase(image, probability, rng):
+    """Random erasing (1708.04896) of a normalised image, float 3 H W, in place: a box becomes N(0, 1) in every pixel."""
+    height, width = image.shape[-2:]
+    if rng.random() < probability:
+        for _ in range(10):
+            area = rng.uniform(0.02, 1 / 3) * height * width
+            ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < h < height and 0 < w < width:
+                top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+                noise = rng.standard_normal((3, h, w), dtype=np.float32)
+                image[:, top:top + h, left:left + w] = torch.from_numpy(noise)
+                break
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixing a batch
+
+
+def mix(images, labels, classes, mixup, cutmix, smoothing, rng):
+    """Mixup (1710.09412), cutmix (1905.04899) and label smoothing of one batch, as in timm.
+
+    images float B 3 H W, labels int64 B; mixup, cutmix: the α of Beta(α, α), 0 = off, with both on a coin decides for
+    the batch. Image b is mixed with image B-1-b. -> images, soft targets B K, whose rows sum to 1.
+    """
+    on, off = 1 - smoothing + smoothing / classes, smoothing / classes
+    targets = torch.full((len(labels), classes), off, device=images.device)
+    targets.scatter_(1, labels[:, None], on)                                            # B K
+    use_cutmix = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
+    if not use_cutmix and mixup == 0:
+        return images, targets
+    lam = rng.beta(cutmix, cutmix) if use_cutmix else rng.beta(mixup, mixup)
+    if use_cutmix:
+        # a box of area 1 - λ round a uniform centre; the border cuts part of it off, so λ is computed again
+        top, bottom, left, right = cutmix_box(images.shape[-2], images.shape[-1], lam, rng)
+        mixed = images.clone()
+        mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+        lam = 1 - (bottom - top) * (right - left) / (images.shape[-2] * images.shape[-1])
+    else:
+        mixed = lam * images + (1 - lam) * images.flip(0)
+    return mixed, lam * targets + (1 - lam) * targets.flip(0)
+
+
+def cutmix_box(height, width, lam, rng):
+    """Top, bottom, left, right (stops exclusive) of a box with sides √(1-λ) of the image's, clipped to the image."""
+    cut_h, cut_w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
+    y, x = int(rng.integers(height)), int(rng.integers(width))
+    return (max(y - cut_h // 2, 0), min(y + cut_h // 2, height), max(x - cut_w // 2, 0), min(x + cut_w // 2, width))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loaders
+
+
+def normalise(images):
+    """uint8 ... 3 H W -> float32 with ImageNet's mean and deviation taken out, on the images' device."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def steps_per_epoch(length, batch, world, accumulate, stage="<stage>"):
+    """Optimiser steps in an epoch; what does not fill a last global batch is left for another epoch's order."""
+    steps = length // (batch * world * accumulate)
+    if not steps:
+        raise UserError(f"train.{stage}.batch {batch} x {world} processes x accumulate {accumulate} is more than the "
+                        f"{length} training images; lower train.{stage}.batch or add images")
+    return steps
+
+
+def _rng(*key):
+    """A numpy generator that depends on the key alone; texts (stages) enter by their CRC."""
+    return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key])
+
+
+def train_batches(imageset, config, stage, epoch, setup, start_step=0):
+    """Micro-batches of one epoch for this process, from optimiser step `start_step` on.
+
+    Yields images float32 B 3 H W (normalised) and soft targets float32 B K on the device, `accumulate` a step.
+    Micro-batch m of B·world images is positions [m·B·world, (m+1)·B·world) of the epoch's order; process r has the
+    r-th B of them. So two processes with half the batch see the images of one, augmented alike; only the partners
+    for mixup and cutmix come from the process's own batch, with a draw of its own, as in timm.
+    """
+    options, settings = config["data"], config["train"][stage]
+    seed, size, batch, accumulate = config["seed"], options["image_size"], settings["batch"], settings["accumulate"]
+    steps = steps_per_epoch(len(imageset), batch, setup.world, accumulate, stage)
+    order = _rng(seed, stage, epoch).permutation(len(imageset))
+    order = order.repeat(options["repeats"])[:len(order)]   # repeated augmentation: copies stand side by side
+    total = batch * setup.world
+    start, stop = start_step * accumulate, steps * accumulate
+    # positions of this process: micro-batches x B
+    positions = np.arange(stop * total).reshape(stop, setup.world, batch)[start:, setup.rank]
+    on_device = (imageset.images is not None and tuple(imageset.images.shape[-2:]) == (size, size)
+                 and not (options["resized_crop"] or options["randaugment"] or options["erasing"]))
+    if on_device:
+        pool, labels, own = imageset.images.to(setup.device), imageset.labels, slice(setup.rank * batch, None)
+        pictures = (_crop_and_flip(pool, order[positions[m - start]], options["pad"], options["flip"],
+                                   _rng(seed, stage, epoch, m, 1), total, own) for m in range(start, stop))
+    else:
+        dataset = _Pictures(imageset, options, positions.ravel(), order, (seed, stage, epoch))
+        pictures = _loader(dataset, batch, options["workers"], setup.device)
+    for m, images in zip(range(start, stop), pictures):
+        labels = imageset.labels[order[positions[m - start]]].to(setup.device)
+        images = normalise(images) if images.dtype == torch.uint8 else images
+        yield mix(images, labels, options["classes"], options["mixup"], options["cutmix"], options["smoothing"],
+                  _rng(seed, stage, epoch, m, 2, setup.rank))
+
+
+def _crop_and_flip(pool, indices, pad, flip, rng, total, own):
+    """Images `indices` of the pool, each moved by up to ±pad pixels (edges repeated) and flipped: uint8 B 3 H W.
+
+    The draws are made for all `total` images of the global batch; `own` picks this process's rows of them.
+    """
+    dy, dx = (rng.integers(-pad, pad + 1, total)[own][:len(indices)] for _ in range(2))
+    flipped = (rng.random(total) < flip)[own][:len(indices)]
+    height, width = pool.shape[-2:]
+    rows = np.clip(np.arange(height) + dy[:, None], 0, height - 1)                     # B H
+    columns = np.clip(np.arange(width) + dx[:, None], 0, width - 1)                    # B W
+    columns = np.where(flipped[:, None], columns[:, ::-1], columns)
+    image, rows, columns = (torch.from_numpy(v).to(pool.device) for v in (indices, rows, columns))
+    picked = pool.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None, :]]   # B H W 3
+    return picked.permute(0, 3, 1, 2)
+
+
+def eval_batches(imageset, config, setup, batch=256):
+    """This process's share of the set, images rank::world in order: every image exactly once over all processes.
+
+    Yields images float32 B 3 H W (normalised) and labels int64 B on the device.
+    """
+    share = np.arange(setup.rank, len(imageset), setup.world)
+    size = config["data"]["image_size"]
+    if imageset.images is not None and tuple(imageset.images.shape[-2:]) == (size, size):
+        pictures = (imageset.images[share[k:k + batch]].to(setup.device) for k in range(0, len(share), batch))
+    else:
+        dataset = _Pictures(imageset, config["data"], share)
+        pictures = _loader(dataset, batch, config["data"]["workers"], setup.device)
+    for k, images in zip(range(0, len(share), batch), pictures):
+        yield normalise(images), imageset.labels[share[k:k + batch]].to(setup.device)
+
+
+class _Pictures(Dataset):
+    """Reads and transforms one image an item, in a worker process: item k is the k-th of this process's `positions`.
+
+    Without `order` and `key` an item is evaluation's view of image positions[k]. With them, the training view of
+    image order[positions[k]], drawn from (*key, position) alone. Items are uint8 3 H W, or with erasing float32 and
+    normalised (its noise is in normalised units), or the UserError of an image that cannot be read.
+    """
+
+    def __init__(self, imageset, options, positions, order=None, key=None):
+        self.imageset, self.options, self.positions, self.order, self.key = imageset, options, positions, order, key
+
+    def __len__(self):
+        return len(self.positions)
+
+    def __getitem__(self, k):
+        position, size = int(self.positions[k]), self.options["image_size"]
+        index = position if self.order is None else int(self.order[position])
+        try:
+            image = self.imageset.picture(index)
+        except UserError as error:   # raised here, the loader would bury the sentence in a traceback
+            return error
+        if self.order is None:
+            image = centre_crop(image, size)
+            image = np.asarray(rendition(image, index) if self.imageset.rendition else image)
+            return torch.from_numpy(image.transpose(2, 0, 1).copy())
+        rng = _rng(*self.key, position)
+        image = torch.from_numpy(augment(image, size, self.options, rng).transpose(2, 0, 1).copy())
+        return erase(normalise(image), self.options["erasing"], rng) if self.options["erasing"] else image
+
+
+def _collate(items):
+    """Stacks the images of a batch -> B 3 H W, or hands on the first error among them."""
+    errors = [item for item in items if isinstance(item, UserError)]
+    return errors[0] if errors else torch.stack(items)
+
+
+def _loader(dataset, batch, workers, device):
+    """Batches of the dataset, in order, on the device; raises the UserError of an unreadable image."""
+    # a generator of its own: the loader draws a number for its workers, which must not move torch's global state
+    loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=_collate, generator=torch.Generator(),
+                        pin_memory=device.type == "cuda")
+    for images in loader:
+        if isinstance(images, UserError):
+            raise images
+        yield images.to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Few-shot
+
+
+def episodes(labels, ways, shots, queries, count, seed):
+    """`count` few-shot episodes out of a set's labels (N), a pure function of the arguments.
+
+    Yields support (ways·shots indices), query (ways·queries indices) and classes (the `ways` labels), LongTensors; both
+    index lists run class by class in the order of `classes` and share no image. shots and queries are per class.
+    """
+    labels = torch.as_tensor(labels).numpy()
+    members = {c: np.flatnonzero(labels == c) for c in np.unique(labels)}
+    large = [c for c, indices in members.items() if len(indices) >= shots + queries]
+    if len(large) < ways:
+        raise UserError(f"{ways} ways of {shots} shots and {queries} queries need {ways} classes of at least "
+                        f"{shots + queries} images, but only {len(large)} are that large; ask for fewer")
+    for episode in range(count):
+        rng = _rng(seed, "few-shot", episode)
+        classes = rng.choice(large, ways, replace=False)
+        drawn = np.stack([rng.permutation(members[c])[:shots + queries] for c in classes])   # ways, shots + queries
+        yield tuple(torch.from_numpy(v.astype(np.int64)) for v in
+                    (drawn[:, :shots].ravel(), drawn[:, shots:].ravel(), classes))

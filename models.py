@@ -1,0 +1,1413 @@
+"""models.py – every model of m2mKD, how models are cut into modules and put together, and the weights' plumbing.
+
+    ViT          the meta model M and the teacher T; with experts it is the V-MoE student
+    NAC          the Neural Attentive Circuit student
+    cut          a whole model -> its L modules S_1 … S_L, as they are trained inside the meta model
+    build        a config -> a whole model (images B×3×H×W -> logits B×classes)
+    load_config, load_weights, save, …   the plumbing that all four stage scripts need, at the end
+
+Axis letters in shape comments:  B batch · N tokens · D width · E experts · T = B·N · H hidden · K classes
+    for the NAC also  U latents (receivers) · V senders or image tokens · C code · S signature · h heads · d head width
+Papers: m2mKD 2402.16918, Deep Incubation 2212.04129, NAC 2210.08031, V-MoE 2106.05974, DeiT 2012.12877.
+"""
+
+import argparse
+import difflib
+import io
+import json
+import math
+import os
+import re
+import sys
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one sentence; the scripts print it and exit with code 2."""
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# ViT and V-MoE
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training a sample's residual branch is left out with probability `rate`."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate = 0.0
+
+    def forward(self, x):  # B … -> B …
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * (keep / (1 - self.rate)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with packed q, k, v. B N D -> B N D."""
+
+    def __init__(self, width, heads, qkv_bias):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each B h N d
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """The transformer's feed-forward layer. B N D -> B N D."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class MoE(nn.Module):
+    """Mixture of E experts in place of an MLP: out = Σ_k g_k · expert_{e_k}(x), g = softmax over the top-k router logits.
+
+    No token is dropped unless `capacity` > 0: then an expert takes at most capacity · k · T / E tokens of a training
+    batch (V-MoE's capacity factor; the first come, a token that is turned away keeps only its residual).
+    With `balance` > 0 training adds V-MoE's router noise and leaves its auxiliary loss in `self.aux`.
+    `self.load` holds the share of (token, choice) pairs that each expert got in the last batch.
+    """
+
+    def __init__(self, width, hidden, experts, top_k=2, balance=0.0, capacity=0.0):
+        super().__init__()
+        self.top_k, self.balance, self.capacity = top_k, balance, capacity
+        self.router = nn.Linear(width, experts)
+        self.fc1_weight = nn.Parameter(torch.empty(experts, hidden, width))
+        self.fc1_bias = nn.Parameter(torch.zeros(experts, hidden))
+        self.fc2_weight = nn.Parameter(torch.empty(experts, width, hidden))
+        self.fc2_bias = nn.Parameter(torch.zeros(experts, width))
+        nn.init.trunc_normal_(self.fc1_weight, std=0.02)
+        nn.init.trunc_normal_(self.fc2_weight, std=0.02)
+
+    def forward(self, x):  # B N D
+        shape, k = x.shape, self.top_k
+        x = x.reshape(-1, shape[-1])  # T D
+        logits = clean = self.router(x).float()  # T E
+        E = logits.shape[1]
+        if self.training and self.balance:
+            logits = clean + torch.randn_like(clean) / E
+        top, chosen = logits.topk(k)  # T k
+        gates = top.softmax(-1).to(x.dtype)
+        if self.training and self.balance:
+            self.aux = self.auxiliary_loss(clean, top[:, -1:])
+
+        # Sorting the T·k (token, expert) pairs by expert makes each expert's share one contiguous slice: every expert
+        # is then two dense products over just its own tokens, T·k rows in all, however uneven the shares are.
+        chosen = chosen.flatten()
+        order = chosen.argsort(stable=True)
+        load = chosen.bincount(minlength=E)
+        self.load = load.detach() / len(chosen)
+        experts = zip(x[order // k].split(load.tolist()), self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        out = torch.cat([F.linear(F.gelu(F.linear(t, w1, b1)), w2, b2) for t, w1, b1, w2, b2 in experts])  # T·k D
+        if self.training and self.capacity:
+            place = torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[chosen[order]]
+            out = out * (place < math.ceil(self.capacity * len(order) / E))[:, None]
+        out = out[order.argsort()].view(-1, k, shape[-1])  # back in the tokens' order: T k D
+        return (out * gates[..., None]).sum(1).view(shape)
+
+    def auxiliary_loss(self, logits, threshold):
+        """½ (importance + load), each CV² = var / mean² over the experts (V-MoE, appendix A). logits T E, threshold T 1."""
+        E = logits.shape[1]
+        importance = logits.softmax(-1).sum(0)
+        # load_e = Σ_x P(expert e is still chosen if its noise of std 1/E is drawn again) = Σ_x Φ((logit_e − threshold)·E)
+        load = torch.special.ndtr((logits - threshold) * E).sum(0)
+        return self.balance * 0.5 * sum(v.var(correction=0) / v.mean() ** 2 for v in (importance, load))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with experts > 0 its MLP is a mixture of experts. B N D -> B N D."""
+
+    def __init__(self, width, heads, hidden, qkv_bias, eps, moe=None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        if moe:
+            self.moe = MoE(width, hidden, **moe)
+        else:
+            self.mlp = Mlp(width, hidden)
+        self.drop_path = DropPath()
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        feed_forward = self.moe if hasattr(self, "moe") else self.mlp
+        return x + self.drop_path(feed_forward(self.norm2(x)))
+
+
+class ViTModule(nn.Module):
+    """Module i of a ViT, sharing its parameters: states B×(1+N)×D -> states.
+
+    The first module starts from pixels (B×3×H×W) in the ViT's stem, the last ends in logits (B×K).
+    Its blocks are numbered from 0, as in the original's files of single modules.
+    """
+
+    def __init__(self, vit, blocks, first, last):
+        super().__init__()
+        self.first, self.last = first, last
+        if first:
+            self.patch_embed, self.cls_token, self.pos_embed = vit.patch_embed, vit.cls_token, vit.pos_embed
+        self.blocks = nn.ModuleList(blocks)
+        if last:
+            self.norm, self.head = vit.norm, vit.head
+
+    def forward(self, x):
+        if self.first:
+            x = self.patch_embed(x).flatten(2).transpose(1, 2)  # B N D
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 0]) if self.last else x
+
+
+class ViT(nn.Module):
+    """Vision transformer with timm's parameter names, cut into L modules of `depths` blocks. B×3×H×W -> B×K.
+
+    `moe` (a dict of MoE's arguments) turns the MLPs of `moe_blocks` (None: all) into mixtures: the V-MoE.
+    `parts` are the L modules; they share the parameters, which carry the whole model's names.
+    """
+
+    def __init__(self, image_size, patch, width, heads, depths, classes, mlp_ratio=4.0, qkv_bias=True, eps=1e-6,
+                 moe=None, moe_blocks=None):
+        super().__init__()
+        # a Sequential only to give the convolution timm's name, patch_embed.proj
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride=patch)))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, width))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, int(width * mlp_ratio), qkv_bias, eps,
+                  moe if moe_blocks is None or k in moe_blocks else None)
+            for k in range(sum(depths)))
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.head = nn.Linear(width, classes)
+        self.stitches = nn.ModuleList()  # filled by keep_stitches(): what stands between module i and module i+1
+        self.apply(init_linear)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        ends = np.cumsum(depths).tolist()
+        self.parts = tuple(ViTModule(self, self.blocks[end - depth:end], i == 0, i == len(depths) - 1)
+                           for i, (depth, end) in enumerate(zip(depths, ends)))
+
+    def hidden_states(self, images):
+        """[h_0 … h_{L-1}]: h_0 the images, h_i = M_i … M_1(images): what module i+1 takes in."""
+        states = [images]
+        for part in self.parts[:-1]:
+            states.append(part(states[-1]))
+        return states
+
+    def rest(self, i, x):
+        """Modules i … L-1 (counted from 0) on the states x: M_L ∘ … ∘ M_{i+1}(x). B N D -> B K."""
+        for j in range(i, len(self.parts)):
+            x = self.parts[j](x)
+            if len(self.stitches) > j:
+                x = self.stitches[j](x)
+        return x
+
+    def forward(self, images):
+        return self.rest(0, images)
+
+
+def init_linear(module):
+    """ViT's initialisation: Linear weights trunc-normal std .02, biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Neural Attentive Circuit
+
+
+def jitter(codes, training):
+    """In training codes are shaken by up to 5 %: c + U(−.05|c|, +.05|c|), one draw for the whole batch."""
+    return codes + 0.05 * codes * (2 * torch.rand_like(codes) - 1) if training else codes
+
+
+class ModFC(nn.Module):
+    """Linear layer modulated by a code: y = W·(x ⊙ σ(c)) + b. x … n in, c n C (or B n C) -> … n out."""
+
+    def __init__(self, width_in, width_out, code_width, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_out, width_in))
+        self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
+        self.gain = nn.Parameter(torch.tensor(0.1))
+        self.scale = nn.Linear(code_width, width_in, bias=False)
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def sigma(self, codes):
+        # σ(c) = 1 + g · LN(A c), LN without affine
+        scale = self.scale(codes)
+        return 1 + self.gain * F.layer_norm(scale, scale.shape[-1:])
+
+    def forward(self, x, codes):
+        return F.linear(x * self.sigma(codes), self.weight, self.bias)
+
+
+class ModFFN(nn.Module):
+    """x + γ · ModFC₂(GEGLU(ModFC₁(LN x))), GEGLU(a, b) = a · GELU(b). B U D -> B U D."""
+
+    def __init__(self, width, code_width, ratio):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = ModFC(width, int(2 * ratio * width), code_width)
+        self.fc2 = ModFC(int(ratio * width), width, code_width)
+        self.gamma = nn.Parameter(torch.full((width,), 0.1))
+        self.drop_path = DropPath()
+
+    def forward(self, x, codes):
+        a, b = self.fc1(self.norm(x), codes).chunk(2, dim=-1)
+        return x + self.drop_path(self.gamma * self.fc2(a * F.gelu(b), codes))
+
+
+class ConvNeXtBlock(nn.Module):
+    """Depthwise 7×7, LayerNorm, two linear layers, layer scale, residual. B D H W -> B D H W."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.dwconv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pwconv1 = nn.Linear(width, 4 * width)
+        self.pwconv2 = nn.Linear(4 * width, width)
+        self.gamma = nn.Parameter(torch.full((width,), 1e-6))
+
+    def forward(self, x):
+        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # B H W D
+        return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of B D H W."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Tokenizer(nn.Module):
+    """ConvNeXt stem and stages, then a learnt position grid beside the features. B×3×H×W -> B×V×(features + P)."""
+
+    def __init__(self, width, stages, blocks, grid_width, grid_size):
+        super().__init__()
+        widths = [width // 4, width // 2, width][:stages]
+        self.downsample_layers = nn.ModuleList([
+            nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0], eps=1e-6))])
+        for a, b in zip(widths, widths[1:]):
+            self.downsample_layers.append(nn.Sequential(ChannelNorm(a, eps=1e-6), nn.Conv2d(a, b, 2, stride=2)))
+        self.stages = nn.ModuleList(nn.Sequential(*[ConvNeXtBlock(w) for _ in range(blocks)]) for w in widths)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.grid = nn.Parameter(torch.randn(grid_width, grid_size, grid_size))
+        self.width = widths[-1] + grid_width
+
+    def forward(self, x):
+        for downsample, stage in zip(self.downsample_layers, self.stages):
+            x = stage(downsample(x))
+        grid = self.grid if self.grid.shape[1:] == x.shape[2:] else F.adaptive_avg_pool2d(self.grid, x.shape[2:])
+        x = torch.cat([x, grid.expand(len(x), -1, -1, -1).to(x.dtype)], dim=1)
+        return x.flatten(2).transpose(1, 2)  # B V X
+
+
+class Latents(nn.Module):
+    """What a group of latents is: a code each (what it computes) and a signature each (who it talks to)."""
+
+    def __init__(self, count, code_width, signature_width):
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(count, code_width))
+        self.signatures = nn.Parameter(torch.randn(count, signature_width))
+
+
+class Seeder(nn.Module):
+    """Initial state of latent u: μ(LN c_u) + ε ⊙ exp(½ λ(LN c_u)), ε ~ N(0,1) a sample; ε = 0 in evaluation.
+
+    codes U C -> states B U D. (The original samples in evaluation too, so that its accuracy changes run to run.)
+    """
+
+    def __init__(self, width, code_width):
+        super().__init__()
+        self.norm = nn.LayerNorm(code_width)
+        self.mu = nn.Linear(code_width, width)
+        self.logvar = nn.Linear(code_width, width)
+        nn.init.constant_(self.logvar.bias, -5.0)
+
+    def forward(self, codes, batch):
+        codes = self.norm(jitter(codes, self.training))
+        states = self.mu(codes).expand(batch, -1, -1)
+        if not self.training:
+            return states
+        return states + torch.randn_like(states) * torch.exp(0.5 * self.logvar(codes))
+
+
+class ReadIn(nn.Module):
+    """Input latents attend to the image's tokens; keys and values are modulated by the receiver's code.
+
+    states B U D, tokens B V X, codes U C -> states B U D.
+    """
+
+    def __init__(self, width, token_width, code_width, heads, head_width, ffn_ratio):
+        super().__init__()
+        self.heads = heads
+        inner = heads * head_width
+        self.attention = nn.Module()  # so that names are read_in.attention.*, like the propagators'
+        self.attention.receiver_norm = nn.LayerNorm(width)
+        self.attention.sender_norm = nn.LayerNorm(token_width)
+        self.attention.query = ModFC(width, inner, code_width, bias=False)
+        self.attention.key = ModFC(token_width, inner, code_width, bias=False)
+        self.attention.value = ModFC(token_width, inner, code_width, bias=False)
+        self.attention.exit = ModFC(inner, width, code_width)
+        self.attention.gamma = nn.Parameter(torch.ones(width))
+        self.ffn = ModFFN(width, code_width, ffn_ratio)
+
+    def forward(self, states, tokens, codes):
+        att, h = self.attention, self.heads
+        B, U, _ = states.shape
+        codes = jitter(codes, self.training)
+        q = att.query(att.receiver_norm(states), codes).view(B, U, h, -1)  # B U h d
+        x = att.sender_norm(tokens)  # B V X
+        # Written out, k_uv = W_k(x_v ⊙ σ_u) is a B×V×U×X tensor and so is v_uv. But (exactly)
+        #   q_u · W_k(x_v ⊙ σ_u) = ((W_kᵀ q_u) ⊙ σ_u) · x_v   and   Σ_v a_uv W_v(x_v ⊙ σ_u) = W_v((Σ_v a_uv x_v) ⊙ σ_u)
+        # so it is plain attention with the tokens themselves as keys and as values, shared by all heads.
+        w_k = att.key.weight.view(h, -1, x.shape[-1])  # h d X
+        w_v = att.value.weight.view(h, -1, x.shape[-1])
+        scale = q.shape[-1] ** -0.5
+        q = torch.einsum("buhd,hdx->bhux", q, w_k) * att.key.sigma(codes)
+        mean = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], x[:, None], x[:, None], scale=scale)
+        mean = mean.view(B, h, U, -1) * att.value.sigma(codes)  # Σ_v a_uv x_v, then ⊙ σ_u
+        out = torch.einsum("bhux,hdx->buhd", mean, w_v).flatten(2)
+        return self.ffn(states + att.gamma * att.exit(out, codes), codes)
+
+
+class LatentAttention(nn.Module):
+    """Receivers attend to senders under the kernel: softmax_v(q_u · k_v / √d + log K(u, v)).
+
+    q and exit are modulated by the receiver's code, k and v by the sender's. Without `sender_norm` one LayerNorm
+    serves both sides. receivers B U D, senders B V D, log_kernel (B) U V or None -> B U D (no residual).
+    """
+
+    def __init__(self, width, code_width, heads, head_width, share_norm):
+        super().__init__()
+        self.heads = heads
+        inner = heads * head_width
+        self.bandwidth = nn.Parameter(torch.tensor(1.0))  # β of the kernel
+        self.receiver_norm = nn.LayerNorm(width)
+        if not share_norm:
+            self.sender_norm = nn.LayerNorm(width)
+        self.query = ModFC(width, inner, code_width, bias=False)
+        self.key = ModFC(width, inner, code_width, bias=False)
+        self.value = ModFC(width, inner, code_width, bias=False)
+        self.exit = ModFC(inner, width, code_width)
+        self.gamma = nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, receivers, senders, receiver_codes, sender_codes, log_kernel=None):
+        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B n h·d -> B h n d
+        q = split(self.query(self.receiver_norm(receivers), receiver_codes))
+        x = getattr(self, "sender_norm", self.receiver_norm)(senders)
+        k, v = split(self.key(x, sender_codes)), split(self.value(x, sender_codes))
+        if log_kernel is not None:
+            log_kernel = log_kernel.to(q.dtype).view(-1, 1, *log_kernel.shape[-2:])  # one for all heads
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_kernel)
+        return self.gamma * self.exit(x.transpose(1, 2).flatten(2), receiver_codes)
+
+
+def distance(a, b):
+    """δ(u, v) = 1 − cos(s_u, s_v). U S, V S -> U V."""
+    return 1 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+
+TRUNCATION = 0.9  # latents whose δ is larger do not talk to each other
+
+
+def log_kernel(delta, bandwidth, truncate=True, sample=0):
+    """log K, K = exp(−δ/β), 0 where δ > .9 (NAC, section 2.2). δ U V -> U V, or with sample = B noisy ones B U V.
+
+    In training K is the probability of a relaxed Bernoulli (temperature ½): log sigmoid((logit K + ℓ)/½), ℓ logistic.
+    A truncated pair sends no gradient to the signatures: the original announces a straight-through gradient there, but
+    its code comes to this, and so do we.
+    """
+    cut = delta.detach() > TRUNCATION if truncate else None
+    if not sample:
+        logs = -delta / bandwidth
+        return logs.masked_fill(cut, -math.inf) if truncate else logs
+    kernel = torch.exp(-delta / bandwidth)
+    if truncate:
+        kernel = kernel.masked_fill(cut, 0.0)
+    eps = torch.finfo(torch.float32).eps  # δ_uu can round below 0; a truncated pair gets logit(ε)/½, about −32
+    noise = torch.rand(sample, *delta.shape, device=delta.device).clamp_(eps, 1 - eps).logit_()
+    return F.logsigmoid((kernel.clamp(eps, 1 - eps).logit() + noise) * 2)
+
+
+class Propagator(nn.Module):
+    """One round of talk: the mediators attend to senders. B U D -> B U D."""
+
+    def __init__(self, width, code_width, heads, head_width, ffn_ratio):
+        super().__init__()
+        self.attention = LatentAttention(width, code_width, heads, head_width, share_norm=True)
+        self.ffn = ModFFN(width, code_width, ffn_ratio)
+        self.drop_path = DropPath()
+
+    def forward(self, receivers, senders, receiver_codes, sender_codes, delta=None):
+        """delta U V: the signatures' distances; None (tokens, which have no signature): attention without kernel."""
+        receiver_codes, sender_codes = jitter(receiver_codes, self.training), jitter(sender_codes, self.training)
+        kernel = None
+        if delta is not None:
+            kernel = log_kernel(delta, self.attention.bandwidth, sample=len(receivers) if self.training else 0)
+        x = receivers + self.drop_path(self.attention(receivers, senders, receiver_codes, sender_codes, kernel))
+        return self.ffn(x, receiver_codes)
+
+
+class ReadOut(nn.Module):
+    """Output latents attend to all others; no residual, no truncation, no sampling of the kernel. B U D -> B U D."""
+
+    def __init__(self, width, code_width, heads, head_width, ffn_ratio):
+        super().__init__()
+        self.attention = LatentAttention(width, code_width, heads, head_width, share_norm=False)
+        self.ffn = ModFFN(width, code_width, ffn_ratio)
+
+    def forward(self, receivers, senders, receiver_codes, sender_codes, delta=None):
+        receiver_codes, sender_codes = jitter(receiver_codes, self.training), jitter(sender_codes, self.training)
+        kernel = None if delta is None else log_kernel(delta, self.attention.bandwidth, truncate=False)
+        return self.ffn(self.attention(receivers, senders, receiver_codes, sender_codes, kernel), receiver_codes)
+
+
+class Pool(nn.Module):
+    """The output latents vote by confidence: softmax weights, Gumbel-softmax (τ = 1) in training. B U D -> B K."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.confidence_scorer = nn.Linear(width, 1)
+        self.to_logits = nn.Linear(width, classes)
+
+    def forward(self, x):
+        confidence = self.confidence_scorer(x)  # B U 1
+        if self.training:  # Gumbel noise: −log of an exponential variable
+            confidence = confidence - torch.empty_like(confidence).exponential_().log()
+        return self.to_logits((confidence.softmax(dim=1) * x).sum(1))
+
+
+class NAC(nn.Module):
+    """Neural Attentive Circuit (2210.08031): latents with codes and signatures pass messages. B×3×H×W -> B×K.
+
+    latents = (U_in, U, U_out). Its modules are the read-in (with tokenizer), each propagator, the read-out (with pool).
+    """
+
+    def __init__(self, image_size, width, heads, head_width, latents, propagators, classes, code_width=None,
+                 signature_width=64, ffn_ratio=2.0, tokenizer_stages=2, tokenizer_blocks=3, grid_width=64,
+                 grid_size=None):
+        super().__init__()
+        code_width = code_width or width
+        circuit = dict(width=width, code_width=code_width, heads=heads, head_width=head_width, ffn_ratio=ffn_ratio)
+        self.tokenizer = Tokenizer(width, tokenizer_stages, tokenizer_blocks, grid_width,
+                                   grid_size or max(1, image_size // 2 ** (tokenizer_stages + 1)))
+        self.input_latents, self.mediator_latents, self.output_latents = (
+            Latents(count, code_width, signature_width) for count in latents)
+        self.seeder = Seeder(width, code_width)
+        self.read_in = ReadIn(token_width=self.tokenizer.width, **circuit)
+        self.propagators = nn.ModuleList(Propagator(**circuit) for _ in range(propagators))
+        self.read_out = ReadOut(**circuit)
+        self.pool = Pool(width, classes)
+        self.stitches = nn.ModuleList()  # filled by keep_stitches(): what stands between module i and module i+1
+
+    def forward(self, images):
+        inputs, mediators, outputs = self.input_latents, self.mediator_latents, self.output_latents
+        sender_codes = torch.cat([inputs.codes, mediators.codes])  # V C, V = U_in + U
+        sender_signatures = torch.cat([inputs.signatures, mediators.signatures])
+        B, stitch = len(images), iter(self.stitches)
+
+        x_in = self.read_in(self.seeder(inputs.codes, B), self.tokenizer(images), inputs.codes)  # B U_in D
+        x_in = next(stitch, nn.Identity())(x_in)
+        x = self.seeder(mediators.codes, B)  # B U D
+        delta = distance(mediators.signatures, sender_signatures)  # U V
+        for propagator in self.propagators:
+            x = propagator(x, torch.cat([x_in, x], 1), mediators.codes, sender_codes, delta)
+            x = next(stitch, nn.Identity())(x)
+        delta = distance(outputs.signatures, sender_signatures)
+        x = self.read_out(self.seeder(outputs.codes, B), torch.cat([x_in, x], 1), outputs.codes, sender_codes, delta)
+        return self.pool(x)  # B K
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Graph priors and graph regularisers of the NAC
+
+
+def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
+    """Adjacency matrix n×n (bool, symmetric, empty diagonal) of a random graph; `rng` a numpy Generator.
+
+    scale_free: Barabási–Albert, each new node links to m old ones · planted_partition: groups linked within with p_in,
+    across with p_out · ring_of_cliques: groups are cliques, one edge between neighbours · erdos_renyi: p.
+    """
+    linked = np.zeros((n, n), bool)
+    group = np.arange(n) * groups // n  # contiguous groups, of equal size where groups divides n
+    upper = np.triu(np.ones((n, n), bool), 1)
+    if kind == "scale_free":
+        # Preferential attachment: a node drawn from the list of all edges' ends is drawn in proportion to its degree.
+        ends, targets = [], list(range(m))
+        for node in range(m, n):
+            linked[node, targets] = True
+            ends += targets + [node] * m
+            targets = []
+            while len(targets) < m:
+                end = ends[rng.integers(len(ends))]
+                targets += [end] if end not in targets else []
+    elif kind == "planted_partition":
+        linked = rng.random((n, n)) < np.where(group[:, None] == group, p_in, p_out)
+    elif kind == "ring_of_cliques":
+        linked = group[:, None] == group
+        first = np.searchsorted(group, np.arange(groups))
+        linked[first, np.roll(first, -1) + 1] = True  # first of a clique – second of the next
+    elif kind == "erdos_renyi":
+        linked = rng.random((n, n)) < p
+    else:
+        raise UserError(f"student.graph={kind} is not a graph prior.")
+    linked = (linked | linked.T) & upper if kind in ("scale_free", "ring_of_cliques") else linked & upper
+    return linked | linked.T
+
+
+def fit_signatures(signatures, linked, steps=1000, threshold=0.8):
+    """Moves signatures (n×S, in place) until linked pairs are near and unlinked ones far.
+
+    Adam, lr 1e-3, from a semi-orthogonal matrix, on mean over pairs of max(δ, t) if linked, max(−δ, −t) if not.
+    Returns the shares of linked pairs below and of unlinked pairs above the kernel's truncation.
+    """
+    s = nn.init.orthogonal_(torch.empty(signatures.shape)).requires_grad_()
+    linked = torch.as_tensor(linked)
+    pair = ~torch.eye(len(s), dtype=torch.bool)
+    optimizer = torch.optim.Adam([s], lr=1e-3)
+    for _ in range(steps):
+        delta = distance(s, s)
+        loss = torch.where(linked, delta.clamp(min=threshold), (-delta).clamp(min=-threshold))[pair].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        signatures.copy_(s)
+        near = distance(s, s) <= TRUNCATION
+    return near[linked].float().mean().item(), (~near)[~linked & pair].float().mean().item()
+
+
+def hinge_repulsion(nac, threshold=0.4):
+    """−Σ δ over all pairs of the NAC's signatures that are closer than the threshold: pushes them apart."""
+    s = torch.cat([latents.signatures for latents in (nac.input_latents, nac.mediator_latents, nac.output_latents)])
+    delta = distance(s, s).triu(1)
+    close = torch.ones_like(delta, dtype=torch.bool).triu(1) & (delta.detach() < threshold)
+    return -delta[close].sum()
+
+
+def match_rows(cost, capacity):
+    """Assigns each of n rows to one of G groups, `capacity` rows a group, at the least total cost. n×G -> n group numbers.
+
+    Exact. Rows of the block model's target within a group are equal, so the n×n assignment problem (the original's
+    Hungarian matching) is a transport problem with G sinks: start from each row's cheapest group, then move rows from
+    full groups to groups with room along shortest paths in the graph of G groups (successive shortest paths).
+    """
+    cost = cost.detach().double().cpu().numpy()
+    n, G = cost.shape
+    group = cost.argmin(1)
+    room = capacity - np.bincount(group, minlength=G)
+    while (room < 0).any():
+        # price[a, b]: what it costs to move the best suited row from group a to group b
+        price = np.full((G, G), np.inf)
+        mover = np.zeros((G, G), int)
+        for a in range(G):
+            rows = np.flatnonzero(group == a)
+            if len(rows):
+                extra = cost[rows] - cost[rows, a, None]
+                best = extra.argmin(0)
+                price[a], mover[a] = extra[best, np.arange(G)], rows[best]
+        reach = np.where(room < 0, 0.0, np.inf)  # Bellman–Ford from all overfull groups
+        before = np.full(G, -1)
+        for _ in range(G):
+            via = reach[:, None] + price
+            best = via.argmin(0)
+            better = via[best, np.arange(G)] < reach - 1e-12
+            reach, before = np.where(better, via[best, np.arange(G)], reach), np.where(better, best, before)
+        b = np.where(room > 0, reach, np.inf).argmin()
+        room[b] -= 1
+        while before[b] >= 0:
+            a = before[b]
+            group[mover[a, b]] = b
+            b = a
+        room[b] += 1
+    return torch.from_numpy(group)
+
+
+def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
+    """Stochastic block model regulariser: MSE between each propagator's link probabilities K and a block matrix P.
+
+    K (U×U mediators, truncated, not sampled) has its rows – not its columns – matched to P's rows first, at the least
+    MSE; summed over propagators. Gradients reach signatures and bandwidths through K.
+    """
+    s = nac.mediator_latents.signatures
+    group = torch.arange(len(s), device=s.device) * groups // len(s)
+    target = torch.where(torch.arange(groups, device=s.device)[:, None] == group, p_in, p_out).to(s)  # G U
+    capacity = group.bincount(minlength=groups).cpu().numpy()
+    delta, loss = distance(s, s), 0
+    for propagator in nac.propagators:
+        kernel = log_kernel(delta, propagator.attention.bandwidth).exp()
+        # ‖K_u − P_g‖² = ‖K_u‖² − 2 K_u·P_g + ‖P_g‖²; the first term does not depend on g
+        rows = match_rows(target.square().sum(1) - 2 * kernel @ target.T, capacity).to(s.device)
+        loss = loss + (kernel - target[rows]).square().mean()
+    return loss
+
+
+def regularizer(model, config):
+    """What the student's training adds to the loss: the NAC's graph regulariser, the V-MoE's balance loss; or 0."""
+    student = config["student"]
+    if isinstance(model, NAC) and student["regularizer"]:
+        if student["graph"] == "planted_partition":
+            return student["regularizer"] * block_model(model, student["sbm_groups"])
+        return student["regularizer"] * hinge_repulsion(model)
+    return balance_loss(model)
+
+
+def balance_loss(model):
+    """Sum of the auxiliary losses of a model's mixtures; 0 without balance loss."""
+    return sum(m.aux for m in model.modules() if isinstance(m, MoE) and m.balance)
+
+
+def expert_load(model):
+    """Each mixture's share of tokens by expert, in the last batch: one row a layer; [] where there are no experts."""
+    return [m.load.tolist() for m in model.modules() if isinstance(m, MoE)]
+
+
+def set_drop_path(model, rate):
+    """Stochastic depth: rises linearly from 0 to `rate` over a ViT's blocks, is constant over a NAC's propagators."""
+    blocks = model.blocks if isinstance(model, ViT) else model.propagators
+    for k, block in enumerate(blocks):
+        value = rate * k / max(1, len(blocks) - 1) if isinstance(model, ViT) else rate
+        for module in block.modules():
+            if isinstance(module, DropPath):
+                module.rate = value
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Modules inside the meta model: cutting a whole model up, stitches, and what a NAC's modules do among tokens
+
+
+class Stitched(nn.Module):
+    """post ∘ S_i ∘ pre: a student's module with the layers that let it stand between the meta model's modules.
+
+    states B×N×W (W the meta's width; images for the first module) -> states B×N×W (logits for the last).
+    """
+
+    def __init__(self, body, pre, post):
+        super().__init__()
+        self.pre_stitch, self.body, self.post_stitch = pre, body, post
+
+    def forward(self, x):
+        return self.post_stitch(self.body(self.pre_stitch(x)))
+
+
+class NACModule(nn.Module):
+    """Module i of a NAC inside the meta model, sharing the NAC's parameters. B N D (or images) -> B U D (or logits).
+
+    Inside the meta model there are tokens instead of latents. `mode` says whose codes and states are used with them:
+      own       the circuit's own, so that a module is taught just as it will be used: the read-in has its U_in latents,
+                a propagator its mediators (the tokens are their input latents), the read-out its output latents.
+                Mediator codes and seeder, which several modules share, stay as initialised; everything is carried on.
+      original  the paper's code: one fixed random code for all; read-in and read-out have one latent of fixed random
+                state; in a propagator all tokens are receivers and senders. None of it reaches the assembled circuit.
+      fresh     as own, but the codes are drawn anew for each batch (in evaluation: one fixed draw).
+    """
+
+    def __init__(self, nac, i, mode):
+        super().__init__()
+        self.mode, last = mode, len(nac.propagators) + 1
+        self.kind = "read_in" if i == 0 else "read_out" if i == last else "propagator"
+        if i == 0:
+            self.tokenizer, self.read_in, latents = nac.tokenizer, nac.read_in, nac.input_latents
+        elif i == last:
+            self.read_out, self.pool, latents = nac.read_out, nac.pool, nac.output_latents
+        else:
+            self.propagator, latents = nac.propagators[i - 1], nac.mediator_latents
+        if i:  # tokens have no signatures, so no kernel
+            (self.read_out if i == last else self.propagator).attention.bandwidth.requires_grad_(False)
+        count, code_width = latents.codes.shape
+        if mode == "original":
+            # not in the state dict: like all initial values they are a function of the seed
+            self.register_buffer("codes", torch.randn(1, code_width), persistent=False)
+            self.register_buffer("states", torch.randn(1, 1, nac.seeder.mu.out_features), persistent=False)
+        else:
+            self.seeder = nac.seeder.requires_grad_(False)
+            nac.mediator_latents.requires_grad_(False)
+            self.codes = latents.codes
+            if i:  # codes for the tokens, which stand where the senders of the circuit will be
+                self.sender_codes = nac.mediator_latents.codes if i == last else nac.input_latents.codes
+            if mode == "fresh":
+                self.register_buffer("fixed_codes", torch.randn_like(self.codes), persistent=False)
+
+    def forward(self, x):
+        B = len(x)
+        if self.mode == "original":
+            if self.kind == "propagator":
+                return self.propagator(x, x, self.codes, self.codes)
+            codes, states = self.codes, self.states.expand(B, -1, -1)
+            sender_codes = codes
+        else:
+            codes = self.codes
+            if self.mode == "fresh":
+                codes = torch.randn_like(self.codes) if self.training else self.fixed_codes
+            states = self.seeder(codes, B)  # B U D
+        if self.kind == "read_in":
+            return self.read_in(states, self.tokenizer(x), codes)
+        if self.mode != "original":  # one code a token: the senders' codes, again from the first where tokens are more
+            sender_codes = self.sender_codes[torch.arange(x.shape[1], device=x.device) % len(self.sender_codes)]
+            if self.mode == "fresh" and self.training:
+                sender_codes = torch.randn_like(sender_codes)
+        if self.kind == "propagator":
+            return self.propagator(states, torch.cat([x, states], 1), codes, torch.cat([sender_codes, codes]))
+        return self.pool(self.read_out(states, x, codes, sender_codes))
+
+
+def new_stitches(student, config):
+    """The layers between two modules of a student: post (to the meta's width) and pre (back): plain Linear for a NAC,
+    LayerNorm + Linear for a V-MoE."""
+    width, meta_width = config["student"]["width"], config["meta"]["width"]
+
+    def stitch(a, b):
+        fc = nn.Linear(a, b)
+        return fc if isinstance(student, NAC) else nn.Sequential(OrderedDict(ln=nn.LayerNorm(a), fc=fc))
+
+    return nn.Sequential(OrderedDict(post=stitch(width, meta_width), pre=stitch(meta_width, width)))
+
+
+def cut(model, config, role):
+    """The L modules of a whole teacher or student as they are trained inside the meta model, sharing its parameters.
+
+    A teacher's modules fit the meta model as they are (same width, as in Deep Incubation). A student's get stitches,
+    none before the first module and none after the last.
+    """
+    if role == "teacher":
+        return list(model.parts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        if isinstance(model, NAC):
+            parts = [NACModule(model, i, config["distill"]["codes"]) for i in range(len(model.propagators) + 2)]
+        else:
+            parts = model.parts
+        kept = len(model.stitches) and config["distill"]["stitches"] == "keep"
+        pairs = model.stitches if kept else [new_stitches(model, config) for _ in parts[1:]]
+    pre = [nn.Identity()] + [pair.pre for pair in pairs]
+    post = [pair.post for pair in pairs] + [nn.Identity()]
+    return [Stitched(*three) for three in zip(parts, pre, post)]
+
+
+def fold_stitches(model, modules):
+    """Sets a NAC's folded stitches: pre_{i+1} ∘ post_i is one affine map, W = W_pre W_post, b = W_pre b_post + b_pre."""
+    for i, folded in enumerate(model.stitches):
+        post, pre = modules[i].post_stitch, modules[i + 1].pre_stitch
+        with torch.no_grad():
+            folded.weight.copy_(pre.weight @ post.weight)
+            folded.bias.copy_(pre.weight @ post.bias + pre.bias)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# From a config to a model
+
+# name: patch, width, heads, depth
+ARCHITECTURES = {
+    "vit_tiny": (16, 192, 3, 12), "vit_small": (16, 384, 6, 12), "vit_base": (16, 768, 12, 12),
+    "vit_large": (16, 1024, 16, 24), "vit_huge": (14, 1280, 16, 32),
+}
+
+
+def build(config, role):
+    """A whole model with fresh weights: role meta, teacher, student, or baseline (a student without stitches).
+
+    Images B×3×H×W -> logits B×classes. Same seed, same weights. Under `with torch.device("meta")` nothing is allocated.
+    """
+    c = config["student" if role.startswith("baseline") else role]
+    common = dict(image_size=config["data"]["image_size"], classes=config["data"]["classes"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        if role in ("meta", "teacher") or c["kind"] == "vmoe":
+            moe = dict(experts=c["experts"], top_k=c["top_k"], balance=c["balance"], capacity=c["capacity"])
+            model = ViT(patch=c["patch"], width=c["width"], heads=c["heads"], depths=c["depths"],
+                        mlp_ratio=c["mlp_ratio"], qkv_bias=c["qkv_bias"], eps=c["eps"],
+                        moe=moe if c["experts"] else None, moe_blocks=c["moe_blocks"], **common)
+        else:
+            model = NAC(width=c["width"], heads=c["heads"], head_width=c["head_width"], latents=c["latents"],
+                        propagators=c["propagators"], code_width=c["code_width"], signature_width=c["signature_width"],
+                        ffn_ratio=c["mlp_ratio"], tokenizer_stages=c["tokenizer_stages"],
+                        tokenizer_blocks=c["tokenizer_blocks"], grid_width=c["grid_width"], grid_size=c["grid_size"],
+                        **common)
+        stitches = config["distill"]["stitches"] if role == "student" else "drop"
+        for _ in range(modules_of(config) - 1 if stitches != "drop" else 0):
+            model.stitches.append(new_stitches(model, config) if stitches == "keep" else
+                                  nn.Linear(c["width"], c["width"]))
+    return model
+
+
+def modules_of(config):
+    """L, the number of modules: that of the meta model's `depths`."""
+    return len(config["meta"]["depths"])
+
+
+def fit_graph_prior(model, config):
+    """Fits a fresh NAC's mediator signatures to the config's random graph (seeded); returns a line for the log, or None."""
+    c = config["student"]
+    if not isinstance(model, NAC) or c["graph"] == "none":
+        return None
+    n = len(model.mediator_latents.signatures)
+    linked = random_graph(c["graph"], n, np.random.default_rng(config["seed"]), m=c["graph_m"], groups=c["graph_groups"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config["seed"])
+        near, far = fit_signatures(model.mediator_latents.signatures, linked)
+    return (f"graph prior {c['graph']}: {linked.sum() // 2} links over {n} mediators; after fitting {100 * near:.1f} % of "
+            f"linked pairs can talk, {100 * far:.1f} % of unlinked pairs cannot")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Config: one YAML file, checked key by key before any data or weights are read
+
+
+def whole(low=0):
+    return (lambda v: type(v) is int and v >= low), f"a whole number from {low} up"
+
+
+def number(low=0.0, high=math.inf):
+    words = f"a number from {low:g} up" if high == math.inf else f"a number from {low:g} to {high:g}"
+    return (lambda v: type(v) in (int, float) and math.isfinite(v) and low <= v <= high), words
+
+
+def one_of(*names):
+    return (lambda v: v in names and type(v) is str), "one of " + ", ".join(names)
+
+
+def numbers(rule, count=None):
+    """A list in which each entry obeys a rule."""
+    words = f"a list of {count or 'one or more'}, each {rule[1]}"
+    return (lambda v: type(v) is list and len(v) == (count or max(1, len(v))) and all(map(rule[0], v))), words
+
+
+def or_null(rule):
+    return (lambda v: v is None or rule[0](v)), rule[1] + ", or null"
+
+
+FLAG = (lambda v: type(v) is bool), "true or false"
+TEXT = (lambda v: type(v) is str), "text"
+TEXTS = (lambda v: type(v) is list and all(type(x) is str for x in v)), "a list of texts"
+
+CLASSES = {"glyphs": 24, "fashion_mnist": 10, "tiny_imagenet": 200, "imagenet": 1000, "cifar100": 100, "cub": 200}
+TRAIN_IMAGES = {"glyphs": 5000, "fashion_mnist": 60000, "tiny_imagenet": 100000, "imagenet": 1281167,
+                "cifar100": 50000, "cub": 5994}
+
+VIT_KEYS = {
+    "arch": (None, or_null(one_of(*ARCHITECTURES))),  # fills patch, width, heads and depth
+    "depth": (None, or_null(whole(1))),  # only a check: what depths must sum to
+    "patch": (8, whole(1)),
+    "width": (64, whole(1)),
+    "heads": (4, whole(1)),
+    "depths": ([1, 1, 1], numbers(whole(1))),  # blocks of each module
+    "mlp_ratio": (4.0, number(0.01)),
+    "qkv_bias": (True, FLAG),  # off in the original's ViT-Huge
+    "eps": (1e-6, number(1e-12)),  # of the LayerNorms; 1e-5 in the original's ViT-Huge
+    "experts": (0, whole()),  # 0: a plain MLP
+    "top_k": (2, whole(1)),
+    "moe_blocks": (None, or_null(numbers(whole()))),  # which blocks have experts; null: all
+    "balance": (0.0, number()),  # weight of V-MoE's importance + load loss; .01 in V-MoE, 0 in m2mKD
+    "capacity": (0.0, number()),  # V-MoE's capacity factor in training; 0: no limit
+}
+
+STAGE_KEYS = {
+    "epochs": (10, whole()),
+    "batch": (64, whole(1)),  # images per process and step
+    "accumulate": (1, whole(1)),  # gradients of so many batches are averaged into one step
+    "lr": (5e-4, number()),  # for a total batch of 512; scales with batch × processes × accumulate
+    "min_lr": (1e-5, number()),  # where the cosine ends; not scaled …
+    "scale_min_lr": (False, FLAG),  # … unless this is on
+    "warmup": (0, number()),  # epochs of linear warm-up from 1e-6
+    "betas": ([0.9, 0.999], numbers(number(0, 0.9999), 2)),  # AdamW's
+    "weight_decay": (0.05, number()),
+    "decay_all": (False, FLAG),  # also 1-d parameters and embeddings (the NAC's finetuning)
+    "drop_path": (0.0, number(0, 0.99)),
+    "clip": (0.0, number()),  # gradient norm; 0: none
+    "images": (None, or_null(numbers(whole(), 2))),  # [first, stop) of the shuffled training images; null: all
+}
+
+KEYS = {
+    "seed": (0, whole()),  # everything random is a function of it
+    "output_dir": (None, or_null(TEXT)),  # null: runs/<name of the config>
+    "share": (None, or_null(TEXT)),  # another run's folder; what it finished with the same settings is not trained again
+    "device": ("auto", one_of("auto", "cpu", "cuda", "mps")),
+    "precision": ("auto", one_of("auto", "float32", "bfloat16")),  # auto: bfloat16 autocast on CUDA, float32 elsewhere
+
+    "data.set": ("glyphs", one_of(*CLASSES, "folder")),
+    "data.root": ("", TEXT),
+    "data.image_size": (32, whole(1)),
+    "data.classes": (None, or_null(whole(2))),  # null: what the set has
+    "data.train_images": (0, whole()),  # how many to use, or to draw (glyphs); 0: all
+    "data.validation_images": (1000, whole(1)),  # held out from the training images; choices are made on them
+    "data.test_images": (0, whole()),
+    "data.robustness": ([], TEXTS),  # further test sets: renditions, or a folder of <class name>/*
+    "data.pad": (0, whole()),  # random crop after padding by so many pixels
+    "data.resized_crop": (None, or_null(numbers(number(0.001, 1), 2))),  # random resized crop: range of areas
+    "data.flip": (0.0, number(0, 1)),
+    "data.randaugment": (0.0, number(0, 10)),  # magnitude; 9 in the paper
+    "data.erasing": (0.0, number(0, 1)),
+    "data.mixup": (0.0, number()),
+    "data.cutmix": (0.0, number()),
+    "data.smoothing": (0.0, number(0, 0.999)),
+    "data.repeats": (1, whole(1)),  # repeated augmentation
+    "data.workers": (4, whole()),  # processes that read image files
+
+    **{f"meta.{k}": v for k, v in VIT_KEYS.items()},
+    **{f"teacher.{k}": v for k, v in VIT_KEYS.items()},
+    **{f"student.{k}": v for k, v in VIT_KEYS.items()},
+    "meta.checkpoint": (None, or_null(TEXT)),  # weights from elsewhere; their stages are left out
+    "teacher.checkpoint": (None, or_null(TEXT)),
+
+    "student.kind": ("nac", one_of("nac", "vmoe")),
+    # the NAC's own keys; width, heads and mlp_ratio (of its FFNs) are shared with the ViT
+    "student.latents": ([16, 32, 4], numbers(whole(1), 3)),  # input, mediator, output
+    "student.propagators": (1, whole(1)),
+    "student.head_width": (16, whole(1)),
+    "student.code_width": (None, or_null(whole(1))),  # null: width
+    "student.signature_width": (64, whole(1)),
+    "student.tokenizer_stages": (2, whole(2)),
+    "student.tokenizer_blocks": (3, whole(1)),
+    "student.grid_width": (64, whole(1)),  # channels of the position grid
+    "student.grid_size": (None, or_null(whole(1))),  # null: as many places as tokens
+    "student.graph": ("none", one_of("none", "scale_free", "planted_partition", "ring_of_cliques", "erdos_renyi")),
+    "student.graph_m": (2, whole(1)),  # scale_free: links of a new node
+    "student.graph_groups": (8, whole(2)),  # planted_partition, ring_of_cliques
+    "student.sbm_groups": (8, whole(2)),  # of the block-model regulariser's target
+    "student.regularizer": (0.0, number()),  # weight: .1 hinge repulsion, or 1 block model with planted_partition
+
+    "distill.alpha": (0.5, number(0, 1)),  # loss = (1-α)·CE + α·KD
+    "distill.tau": (1.0, number(0.01)),  # temperature
+    "distill.kind": ("soft", one_of("soft", "hard")),
+    "distill.reduction": ("batchmean", one_of("batchmean", "mean")),  # of the soft loss; mean: the original's
+    "distill.codes": ("own", one_of("own", "original", "fresh")),  # of a NAC's modules, see NACModule
+    "distill.stitches": ("drop", one_of("drop", "keep", "fold")),  # what becomes of them in the assembled student
+
+    **{f"train.{stage}.{k}": v for stage in ("meta", "incubate", "teacher", "distill", "student")
+       for k, v in STAGE_KEYS.items()},
+    "train.baseline_epochs": (None, or_null(whole())),  # null: the student's
+}
+
+
+def load_config(path, overrides=()):
+    """Reads a YAML config, applies overrides ("distill.alpha=0.9"), checks every key. Returns the complete nested dict.
+
+    Raises UserError (one sentence: key, value, what is allowed, nearest right name).
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as e:
+        raise UserError(f"config {path} cannot be read: {e.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path} must hold keys such as 'data:' and 'train:', not {type(tree).__name__}.")
+    given = flatten(tree)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"'{override}' is not an override: write key=value, for example distill.alpha=0.9.")
+        try:
+            given[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{key}={value}: the value is not YAML.") from None
+    flat = {}
+    for key, value in given.items():
+        if key not in KEYS:
+            near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0)[0]
+            raise UserError(f"{key} is not a key; the nearest is {near}.")
+        default, (allowed, words) = KEYS[key]
+        if isinstance(value, str) and not allowed(value):  # YAML reads 5e-4 as text: it wants 5.0e-4
+            try:
+                value = float(value)
+            except ValueError:
+                pass
+        if not allowed(value):
+            raise UserError(f"{key}={json.dumps(value, default=str)} is not allowed: it must be {words}.")
+        flat[key] = float(value) if isinstance(default, float) else value
+    flat = {key: flat.get(key, default) for key, (default, _) in KEYS.items()}
+    flat["output_dir"] = flat["output_dir"] or f"runs/{Path(path).stem}"
+    for role in ("meta", "teacher", "student"):
+        if flat[f"{role}.arch"]:
+            for key, value in zip(("patch", "width", "heads", "depth"), ARCHITECTURES[flat[f"{role}.arch"]]):
+                flat[f"{role}.{key}"] = given.get(f"{role}.{key}", value)
+    flat["data.classes"] = flat["data.classes"] or CLASSES.get(flat["data.set"])
+    check_fit(flat)
+    return unflatten(flat)
+
+
+def check_fit(c):
+    """What must hold between keys (c is flat). Raises UserError."""
+    def require(truth, sentence):
+        if not truth:
+            raise UserError(sentence)
+
+    L = len(c["meta.depths"])
+    require(c["data.classes"], "data.classes must be given for data.set=folder.")
+    vmoe = c["student.kind"] == "vmoe"
+    for role in ("meta", "teacher") + ("student",) * vmoe:
+        depths, depth = c[f"{role}.depths"], c[f"{role}.depth"]
+        require(len(depths) == L, f"{role}.depths={depths} has {len(depths)} modules, meta.depths has {L}.")
+        require(depth in (None, sum(depths)),
+                f"{role}.depths={depths} sums to {sum(depths)}, but the model has {depth} blocks ({role}.depth).")
+        require(c[f"{role}.width"] % c[f"{role}.heads"] == 0,
+                f"{role}.width={c[f'{role}.width']} does not divide into {role}.heads={c[f'{role}.heads']} heads.")
+        require(c["data.image_size"] % c[f"{role}.patch"] == 0,
+                f"data.image_size={c['data.image_size']} is not a multiple of {role}.patch={c[f'{role}.patch']}.")
+        require(c[f"{role}.experts"] == 0 or c[f"{role}.top_k"] <= c[f"{role}.experts"],
+                f"{role}.top_k={c[f'{role}.top_k']} is more than {role}.experts={c[f'{role}.experts']}.")
+        require(all(k < sum(depths) for k in c[f"{role}.moe_blocks"] or []),
+                f"{role}.moe_blocks={c[f'{role}.moe_blocks']} names a block that the model of {sum(depths)} has not.")
+    require(c["teacher.width"] == c["meta.width"], f"teacher.width={c['teacher.width']} must be "
+            f"meta.width={c['meta.width']}: a teacher's modules are incubated inside the meta model without stitches.")
+    if vmoe:
+        require(c["student.experts"] > 0, "student.kind=vmoe needs student.experts above 0.")
+        require(c["distill.stitches"] != "fold", "distill.stitches=fold is for a NAC: a V-MoE's stitches have a "
+                "LayerNorm between two Linears and do not fold into one; use drop or keep.")
+    else:
+        require(c["student.propagators"] + 2 == L, f"student.propagators={c['student.propagators']} makes "
+                f"{c['student.propagators'] + 2} modules with read-in and read-out, meta.depths has {L}.")
+        require(c["student.width"] % 4 == 0, f"student.width={c['student.width']} must be a multiple of 4.")
+        require(c["student.tokenizer_stages"] <= 3, "student.tokenizer_stages must be 2 or 3.")
+        stride = 2 ** (c["student.tokenizer_stages"] + 1)
+        require(c["data.image_size"] >= stride, f"data.image_size={c['data.image_size']} is smaller than the "
+                f"tokenizer's stride of {stride}.")
+        for key in ("graph_groups", "sbm_groups"):
+            require(c[f"student.{key}"] * 2 <= c["student.latents"][1],
+                    f"student.{key}={c[f'student.{key}']} leaves groups of fewer than two mediators.")
+        require(c["student.graph_m"] < c["student.latents"][1],
+                f"student.graph_m={c['student.graph_m']} must be below the number of mediators.")
+    for key, value in c.items():
+        if key.endswith(".images") and value:
+            require(value[0] < value[1], f"{key}={value} is empty: write [first, stop] with first < stop.")
+
+
+def flatten(tree, prefix=""):
+    flat = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def unflatten(flat):
+    tree = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        node = tree
+        for name in path:
+            node = node.setdefault(name, {})
+        node[last] = value
+    return tree
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Reading and writing weights
+
+
+def save(path, content):
+    """Writes a checkpoint (tensors, numbers, strings) so that `path` is always whole: beside it, fsync, rename."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({e}); what was there before is unharmed.") from None
+
+
+def read(path):
+    """Reads a checkpoint with weights_only=True: nothing in it is executed. Raises UserError if it is not whole."""
+    try:
+        if zipfile.is_zipfile(path):  # torch does not check the checksums that it writes
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise UserError(f"{path} is damaged: the checksum of its record {bad} is wrong.")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}.") from None
+    except UserError:
+        raise
+    except Exception as e:  # pickle, zip and torch each have errors of their own for a broken or foreign file
+        raise UserError(f"{path} is not a checkpoint that can be read safely "
+                        f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}).") from None
+
+
+# The original's names -> ours, in this order.
+ORIGINAL_NAMES = [(re.compile(pattern), ours) for pattern, ours in [
+    (r"^latent_graphs\.0\.", ""), (r"(codes|signatures)_$", r"\1"),
+    (r"^latent_seeder\.", "seeder."), (r"code_to_state_", ""),
+    (r"(^|\.)(read_in|latent)_attention\.", r"\1attention."), (r"attention\.kernel\.", "attention."),
+    (r"(sender|receiver)_layernorm", r"\1_norm"), (r"(^|\.)layernorm\.", r"\1norm."),
+    (r"_compiler\.", "."), (r"exit_layer\.", "exit."), (r"native_", ""), (r"scale_gain$", "gain"),
+    (r"layer_scale\.gamma", "gamma"), (r"ffn\.ffn\.0\.", "ffn.fc1."), (r"ffn\.ffn\.2\.", "ffn.fc2."),
+    (r"^(input_)?tokenizer\.backbone\.", "tokenizer."), (r"^(input_)?tokenizer\.positional_grid\.", "tokenizer."),
+    (r"^(output_)?tokenizer\.(confidence_scorer|to_logits)", r"pool.\2"),
+    (r"\.moe\.gate\.gate\.", ".moe.router."),
+]]
+
+
+def translate(state, model):
+    """A state dict with timm's, Deep Incubation's, the original's or our names -> our names for `model`."""
+    if any(name.startswith("stages.") for name in state) and not isinstance(model, NAC):
+        # Deep Incubation keeps every tensor twice; the copies under blocks.* are the plain model
+        state = {k: v for k, v in state.items() if not k.startswith("stages.")}
+    out = {}
+    for name, value in state.items():
+        name = name.removeprefix("module.")
+        for pattern, ours in ORIGINAL_NAMES:
+            name = pattern.sub(ours, name)
+        out[name] = value
+    # one tensor an expert, htoh4 (1, H, D) -> all experts in one, fc1 (E, H, D)
+    experts = [name for name in out if ".moe.experts.0." in name]
+    for name in experts:
+        rows = []
+        while (one := name.replace(".experts.0.", f".experts.{len(rows)}.")) in out:
+            rows.append(out.pop(one).squeeze(0))
+        out[name.replace("experts.0.htoh4.", "fc1_").replace("experts.0.h4toh.", "fc2_")] = torch.stack(rows)
+    if isinstance(model, ViT):  # kept stitches stand in the last block of one module and in the first of the next
+        ends = np.cumsum([len(part.blocks) for part in model.parts]).tolist()
+        for i, end in enumerate(ends[:-1]):
+            rename(out, f"blocks.{end - 1}.post_stitch.", f"stitches.{i}.post.")
+            rename(out, f"blocks.{end}.pre_stitch.", f"stitches.{i}.pre.")
+    if isinstance(model, Stitched) and not any(name.startswith("body.") for name in out):
+        rename(out, "", "body.")
+        for name in list(out):
+            if stitch := re.search(r"(pre|post)_stitch\..*", name):
+                out[stitch[0]] = out.pop(name)
+        kind = getattr(model.body, "kind", None)
+        if kind in ("propagator", "read_out"):
+            rename(out, "body.attention.", f"body.{kind}.attention.")
+            rename(out, "body.ffn.", f"body.{kind}.ffn.")
+    return out
+
+
+def rename(state, old, new):
+    """Replaces a prefix of names in a state dict, in place."""
+    for name in [name for name in state if name.startswith(old)]:
+        state[new + name[len(old):]] = state.pop(name)
+
+
+def unwrap(content, path):
+    """The state dict in a checkpoint's content, whatever it is wrapped in."""
+    for key in ("model", "state_dict", "block_state_dict", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UserError(f"{path} holds no state dict (names to tensors).")
+    return content
+
+
+def resize_pos_embed(pos_embed, tokens):
+    """Bicubically resizes a position grid of another image size; the class token's is kept. 1 1+N D -> 1 tokens D."""
+    grid = pos_embed[:, 1:]
+    old, new = math.isqrt(grid.shape[1]), math.isqrt(tokens - 1)
+    if old * old != grid.shape[1] or new * new != tokens - 1:
+        return pos_embed  # not a square grid: the shape check will name it
+    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False).to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def load_weights(model, path):
+    """Reads a whole model's (or one module's) weights into `model`: our own file or any format of other people's.
+
+    timm / DeiT state dicts, Deep Incubation's files, the original's V-MoE, NAC and single modules. A ViT's position
+    grid of another image size is resized. Raises UserError (a ValueError) naming the first tensor that is missing,
+    unexpected or of another shape; the model is then unchanged. Returns the file's content.
+    """
+    content = read(path)
+    load_state(model, unwrap(content, path), path)
+    return content
+
+
+def load_state(model, state, path):
+    state, own = translate(state, model), model.state_dict()
+    if "pos_embed" in own and "pos_embed" in state and state["pos_embed"].ndim == 3:
+        if state["pos_embed"].shape != own["pos_embed"].shape:
+            state["pos_embed"] = resize_pos_embed(state["pos_embed"], own["pos_embed"].shape[1])
+    for name, value in own.items():
+        if isinstance(model, Stitched) and name.endswith("attention.bandwidth"):
+            state.setdefault(name, value)  # the original's NAC modules have no kernel
+        if name not in state:
+            raise UserError(f"{path} lacks the tensor {name} {tuple(value.shape)}.")
+        if state[name].shape != value.shape:
+            raise UserError(f"{path}: the tensor {name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}.")
+    for name in state:
+        if name not in own:
+            raise UserError(f"{path} holds the tensor {name} {tuple(state[name].shape)}, which the model has not.")
+    model.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# A run's folder: which stage made which file, with which settings
+
+# stage: the keys that its result depends on (a stage depends on all before it)
+MADE_FROM = {"meta": ["seed", "data", "meta", "train.meta"]}
+MADE_FROM["incubate"] = MADE_FROM["meta"] + ["teacher", "train.incubate"]
+MADE_FROM["teacher"] = MADE_FROM["incubate"] + ["train.teacher"]
+MADE_FROM["distill"] = MADE_FROM["teacher"] + ["student", "distill", "train.distill"]
+MADE_FROM["student"] = MADE_FROM["distill"] + ["train.student"]
+MADE_FROM["baseline"] = ["seed", "data", "student", "train.student", "train.baseline_epochs"]
+MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
+# what does not change a result; and what matters only once the student is whole
+IDLE = ("data.root", "data.workers", "data.test_images", "data.robustness")
+WHOLE_STUDENT = ("student.graph", "student.sbm", "student.regularizer", "distill.stitches")
+
+
+def settings(config, stage):
+    """The flat part of a config that a stage's result depends on, as JSON: kept in its checkpoints, compared later."""
+    def counts(key):
+        return (any(key == k or key.startswith(k + ".") for k in MADE_FROM[stage]) and not key.startswith(IDLE)
+                and not (stage == "distill" and key.startswith(WHOLE_STUDENT)))
+
+    return json.dumps({k: v for k, v in flatten(config).items() if counts(k)})
+
+
+def finished(config, stage, name):
+    """Path of a stage's finished file, in the run's folder or in the one it shares; None if it is still to be made.
+
+    A file that was made with other settings is never taken for the stage's result: in the run's folder it is refused.
+    """
+    for folder in (config["output_dir"], config["share"]):
+        path = Path(folder or "", name)
+        if folder and path.exists():
+            difference = differs(read(path), config, stage)
+            if not difference:
+                return path
+            if folder == config["output_dir"]:
+                raise UserError(f"{path} was made with {difference}; choose another output_dir, or force=true to "
+                                "make it again.")
+    return None
+
+
+def differs(content, config, stage):
+    """In words, the first setting in which a checkpoint differs from the config; None if there is no difference."""
+    try:
+        old = json.loads(content["settings"])
+    except (KeyError, TypeError, ValueError):
+        return "settings that it does not tell"
+    new = json.loads(settings(config, stage))
+    for key in [*new, *old]:
+        if old.get(key) != new.get(key):
+            return f"{key}={json.dumps(old.get(key))}, not {json.dumps(new.get(key))}"
+    return None
+
+
+def needed(config, role, stage=None, name=None):
+    """Path of the weights that a stage builds on: role.checkpoint, or the finished file. Raises UserError if there is none."""
+    if role in ("meta", "teacher") and config[role]["checkpoint"]:
+        return config[role]["checkpoint"]
+    name = name or f"{role}.pt"
+    path = finished(config, stage or role, name)
+    if path is None:
+        raise UserError(f"{Path(config['output_dir'], name)} is not there yet: run the stage that makes it first "
+                        "(run.sh runs all stages in order).")
+    return path
+
+
+def add_log(config, line):
+    """Appends a line to the run's log.jsonl, unless the very same line is there already (after a resume)."""
+    path, text = Path(config["output_dir"], "log.jsonl"), json.dumps(line) + "\n"
+    if not path.exists() or text not in path.read_text():
+        with open(path, "a") as file:
+            file.write(text)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What the training loops share
+
+
+def optimizer(module, c):
+    """AdamW over a module's trainable parameters; 1-d ones, class token and position embedding do not decay.
+
+    `c` is a stage's block of the config; decay_all decays them too.
+    """
+    groups = {True: [], False: []}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim <= 1 or name.endswith(("bias", "cls_token", "pos_embed"))
+            groups[c["decay_all"] or not plain].append(p)
+    groups = [{"params": params, "weight_decay": c["weight_decay"] * decay} for decay, params in groups.items() if params]
+    return torch.optim.AdamW(groups, lr=c["lr"], betas=tuple(c["betas"]), eps=1e-8, fused=True)
+
+
+def learning_rate(step, steps_per_epoch, c, total_batch):
+    """Linear warm-up from 1e-6, then a cosine to the minimum: a pure function of the optimiser step."""
+    scale = total_batch / 512
+    peak, low = c["lr"] * scale, c["min_lr"] * (scale if c["scale_min_lr"] else 1)
+    warm, end = c["warmup"] * steps_per_epoch, c["epochs"] * steps_per_epoch
+    if step < warm:
+        return 1e-6 + (peak - 1e-6) * step / warm
+    # lr = low + ½ (peak − low)(1 + cos π·t), t from 0 to 1 after the warm-up
+    return min(peak, low) + 0.5 * max(0.0, peak - low) * (1 + math.cos(math.pi * (step - warm) / max(1, end - warm)))
+
+
+def autocast(config, device):
+    """Mixed precision: bfloat16 on CUDA by default, off elsewhere (config key precision)."""
+    use = config["precision"] == "bfloat16" or (config["precision"] == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+
+
+def command_line(doc, roles):
+    """Parses `--config FILE [--dry-run] [key=value …]`. Returns (config, words): words.role, .module, .force, .dry_run."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--dry-run", action="store_true", help="build everything without weights, print the stages")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a config key by its dotted path, or "
+                        f"role={'|'.join(roles)}, module=i, force=true")
+    words = parser.parse_intermixed_args()
+    rest = []
+    words.role, words.module, words.force = roles[0], None, False
+    for item in words.overrides:
+        key, _, value = item.partition("=")
+        if key == "role":
+            if value not in roles:
+                raise UserError(f"role={value} is not allowed: it must be one of {', '.join(roles)}.")
+            words.role = value
+        elif key == "force":
+            if value not in ("true", "false"):
+                raise UserError(f"force={value} is not allowed: it must be true or false.")
+            words.force = value == "true"
+        elif key == "module":
+            words.module = value
+        else:
+            rest.append(item)
+    config = load_config(words.config, rest)
+    if words.module is not None:
+        L = modules_of(config)
+        if not words.module.isdecimal() or int(words.module) >= L:
+            raise UserError(f"module={words.module} is not allowed: it must be a whole number from 0 to {L - 1}.")
+        words.module = int(words.module)
+    return config, words
+
+
+def run(main):
+    """Runs a stage's main(). Bad input ends in one sentence and exit code 2, without a traceback."""
+    try:
+        main()
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,167 @@
+"""Agreement with the original: outputs, losses and gradients of files that its own code made (tests/fixtures).
+
+In float64 to 1e-6, in float32 to 1e-5 on outputs and 1e-4 on gradients, as norm of the difference over norm, tensor by
+tensor. The files' weights are read under the original's names, so this tests the reading of its checkpoints too.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import distill_module
+import models
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PRECISIONS = [(torch.float64, 1e-6, 1e-6), (torch.float32, 1e-5, 1e-4)]
+
+
+def fixture(name):
+    return torch.load(FIXTURES / f"{name}.pt", weights_only=True)
+
+
+def close(ours, theirs, tolerance, what):
+    ours, theirs = ours.double(), theirs.double()
+    assert ours.shape == theirs.shape, what
+    scale = theirs.norm()
+    error = (ours - theirs).norm() / (scale if scale > 1e-12 else 1)  # a gradient that is zero in theory: absolute
+    assert error <= tolerance, f"{what}: {error:.2e}"
+
+
+def close_gradients(model, theirs, tolerance):
+    """Compares all gradients; the original's names are translated, and no tensor may be left over on either side."""
+    theirs = models.translate(theirs, model)
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in theirs.items():
+        zero = torch.zeros_like(gradient)
+        close(ours.pop(name, zero), gradient, tolerance, name)
+    assert all((gradient == 0).all() for gradient in ours.values()), list(ours)
+
+
+def vit(c, depths, **options):
+    return models.ViT(image_size=c["img_size"], patch=c["patch_size"], width=c["embed_dim"], heads=c["num_heads"],
+                      depths=depths, classes=c["num_classes"], **options).eval()
+
+
+def load(model, state, dtype):
+    models.load_state(model, state, "fixture")
+    return model.to(dtype)
+
+
+def meta_and_teacher(dtype):
+    f = fixture("vit")
+    return (load(vit(f["config"], f["config"][f"{role}_depths"]), f[role]["model"], dtype).requires_grad_(False)
+            for role in ("meta", "teacher"))
+
+
+@pytest.mark.parametrize("dtype, tolerance, _", PRECISIONS)
+def test_vit(dtype, tolerance, _):
+    f = fixture("vit")
+    images = f["images"].to(dtype)
+    for model, role in zip(meta_and_teacher(dtype), ("meta", "teacher")):
+        close(model(images), f[f"{role}_logits"], tolerance, role)
+        for i, state in enumerate(f[role]["model_stages"]):  # the same model, module by module
+            models.load_state(model.parts[i], state, "fixture")
+        close(model(images), f[f"{role}_logits"], tolerance, f"{role} from modules")
+    huge = vit(f["config"], f["config"]["meta_depths"], qkv_bias=False, eps=1e-5)
+    close(load(huge, f["huge_options"]["model"], dtype)(images), f["huge_options"]["logits"], tolerance, "huge")
+
+
+@pytest.mark.parametrize("dtype, tolerance, gradient_tolerance", PRECISIONS)
+@pytest.mark.parametrize("stitched", [False, True])
+def test_vmoe(dtype, tolerance, gradient_tolerance, stitched):
+    f = fixture("vmoe")
+    c, expected = f["config"], f["stitched"] if stitched else f
+    model = vit(c, c["depths"], moe=dict(experts=c["experts"]), moe_blocks=c["moe_positions"])
+    if stitched:
+        model.stitches.extend(models.new_stitches(model, {"seed": 0, "student": {"width": c["embed_dim"]},
+                                                          "meta": {"width": c["stitch_dim"]}}) for _ in range(2))
+    load(model, expected["model"], dtype)
+    logits = model(f["images"].to(dtype))
+    close(logits, expected["logits"], tolerance, "logits")
+    if "grads" in expected:
+        F.cross_entropy(logits, f["labels"]).backward()
+        close_gradients(model, expected["grads"], gradient_tolerance)
+
+
+def nac():
+    c = fixture("nac_full")["config"]
+    g, t = c["latent_graph_kwargs"], c["input_tokenizer_kwargs"]
+    return models.NAC(
+        image_size=16, width=c["state_dim"], heads=g["num_heads"], head_width=g["head_dim"], classes=c["output_dim"],
+        latents=(g["num_input_latents"], g["num_mediator_latents"], g["num_output_latents"]),
+        propagators=g["num_iterations"], code_width=g["code_dim"], signature_width=g["signature_dim"],
+        ffn_ratio=g["ffn_capacity_factor"], tokenizer_blocks=1, grid_width=t["positional_grid_kwargs"]["dim"]).eval()
+
+
+@pytest.mark.parametrize("dtype, tolerance, gradient_tolerance", PRECISIONS)
+def test_nac(dtype, tolerance, gradient_tolerance):
+    f = fixture("nac_full")
+    model = load(nac(), f["state_dict"], dtype)
+    logits = model(f["images"].to(dtype))
+    close(logits, f["logits"], tolerance, "logits")
+    F.cross_entropy(logits, f["labels"]).backward()
+    close_gradients(model, f["grads"], gradient_tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance, gradient_tolerance", PRECISIONS)
+def test_nac_regularizers(dtype, tolerance, gradient_tolerance):
+    f = fixture("nac_full")
+    for name, regularizer in (("hinge", lambda m: models.hinge_repulsion(m, threshold=0.9)),
+                              ("sbm", lambda m: models.block_model(m, groups=4))):
+        model = load(nac(), f["state_dict"], dtype)
+        loss = regularizer(model)
+        close(loss, f[name], tolerance, name)
+        loss.backward()
+        close_gradients(model, f[f"{name}_grads"], gradient_tolerance)
+
+
+def check_pair(student, expected, f, i, dtype, tolerance, gradient_tolerance):
+    """One student module in its hybrid: logits of both hybrids, then soft and hard loss with their gradients."""
+    meta, teacher = meta_and_teacher(dtype)
+    alpha, tau = f["config"]["alpha"], f["config"]["tau"]
+    h = meta.hidden_states(f["images"].to(dtype))[i]
+    teacher_logits = meta.rest(i + 1, teacher.parts[i](h))
+    close(teacher_logits, expected["teacher_logits"], tolerance, "teacher hybrid")
+    for kind in ("soft", "hard"):
+        student.zero_grad()
+        student_logits = meta.rest(i + 1, student(h))
+        close(student_logits, expected["student_logits"], tolerance, "student hybrid")
+        loss = ((1 - alpha) * distill_module.soft_target_ce(student_logits, f["targets"].to(dtype))
+                + alpha * distill_module.kd(student_logits, teacher_logits, tau, kind, "mean"))
+        close(loss, expected[kind]["loss"], tolerance, kind)
+        loss.backward()
+        close_gradients(student, expected[kind]["grads"], gradient_tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance, gradient_tolerance", PRECISIONS)
+@pytest.mark.parametrize("i, name", list(enumerate(["read_in", "mediator", "read_out"])))
+def test_m2mkd_nac(dtype, tolerance, gradient_tolerance, i, name):
+    f = fixture("m2mkd_nac")
+    c, expected = f["config"], f["students"][name]
+    s = c["share"]
+    whole = models.NAC(
+        image_size=16, width=s["state_dim"], heads=c["heads"], head_width=c["head_dim"], latents=(1, 1, 1),
+        propagators=1, classes=5, code_width=s["code_dim"], ffn_ratio=s["ffn_capacity_factor"], tokenizer_blocks=1,
+        grid_width=c["tokenizer"]["positional_grid_kwargs"]["dim"])
+    student = models.cut(whole, {"seed": 0, "student": {"width": s["state_dim"]}, "meta": {"width": c["stitch_dim"]},
+                                 "distill": {"codes": "original", "stitches": "drop"}}, "student")[i].eval()
+    load(student, expected["state_dict"], dtype)
+    student.body.codes = expected["codes"].to(dtype)
+    if expected["states"] is not None:
+        student.body.states = expected["states"].to(dtype)
+    check_pair(student, expected, f, i, dtype, tolerance, gradient_tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance, gradient_tolerance", PRECISIONS)
+@pytest.mark.parametrize("i", range(3))
+def test_m2mkd_vmoe(dtype, tolerance, gradient_tolerance, i):
+    f = fixture("m2mkd_vmoe")
+    c, expected = f["config"], f["students"][i]
+    whole = models.ViT(image_size=16, patch=4, width=c["embed_dim"], heads=c["num_heads"], depths=[1, 1, 1], classes=5,
+                       moe=dict(experts=c["experts"]))
+    student = models.cut(whole, {"seed": 0, "student": {"width": c["embed_dim"]}, "meta": {"width": c["stitch_dim"]},
+                                 "distill": {"stitches": "drop"}}, "student")[i].eval()
+    load(student, expected["model"], dtype)
+    check_pair(student, expected, f, i, dtype, tolerance, gradient_tolerance)
