@@ -1,9 +1,186 @@
+"""distill_module.py – m2mKD: each module of the student learns from the teacher's module, both inside one frozen meta model.
+
+    python distill_module.py --config configs/demo_nac.yaml                  stage 4, m2mKD: all modules in one pass
+    python distill_module.py --config configs/demo_nac.yaml module=2         one module (counted from 0), its own job
+    python distill_module.py --config configs/demo_nac.yaml role=teacher     stage 2: incubates the teacher's modules
+    torchrun --nproc_per_node=8 distill_module.py --config configs/imagenet_vmoe.yaml
+
+Teacher T, student S and meta model M are each cut into L modules: T = T_L ∘ … ∘ T_1, and so on. M is small, one block a
+module, and was trained first (finetune.py role=meta); it never changes here. To teach S_i, put it in M's place i:
+
+    image ─ M_1 ─ … ─ M_{i-1} ─┬─ T_i ─ M_{i+1} ─ … ─ M_L ─ teacher hybrid's logits
+                              h_{i-1}                          │ KD          loss = (1−α)·CE + α·KD
+                               └─ pre ─ S_i ─ post ─ M_{i+1} ─ … ─ M_L ─ student hybrid's logits ─ CE ─ label
+
+Only S_i and its two stitch layers (pre, post: linear, between the student's width and M's) learn; the gradient passes
+through the frozen M_{i+1} … M_L. The pairs do not depend on one another, and all of them need the states h of the same
+M: so one run of M over an image serves all L pairs. M_1 and M_L own stem and head of their model, and so do S_1, S_L.
+The teacher's own modules are made the same way, without a teacher (α = 0) and without stitches: Deep Incubation.
+assemble.py then puts the modules together.
+
+Writes <output_dir>/<role>_modules/<i>.pt. Skips what is finished, resumes what is not; key=value overrides any key.
+`diff finetune.py distill_module.py` is the method.
+"""
+
+import time
+
+import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import models
+
+
 def soft_target_ce(logits, targets):
+    """Cross entropy with soft targets (mixup, smoothing): −Σ_k y_k log p_k, mean over the batch. B K, B K -> ()."""
     return -(targets * F.log_softmax(logits, dim=-1)).sum(-1).mean()
+
+
 def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmean"):
+    """Knowledge distillation loss (section 3.2; SPEC: soft KL at temperature τ, or hard labels). B K, B K -> ().
+
+    reduction: batchmean divides by B; mean, the original's choice, by B·K, which is weak beside the cross entropy.
+    """
     if kind == "hard":
         return F.cross_entropy(student_logits, teacher_logits.argmax(-1))
-    log_p = F.log_softmax(student_logits / tau, dim=-1)
-    loss = F.kl_div(log_p, F.log_softmax(teacher_logits / tau, dim=-1), reduction="sum", log_target=True) * tau**2
+    log_p, log_t = F.log_softmax(student_logits / tau, dim=-1), F.log_softmax(teacher_logits / tau, dim=-1)
+    # KL(p_teacher ‖ p_student) · τ², summed over batch and classes
+    loss = F.kl_div(log_p, log_t, reduction="sum", log_target=True) * tau**2
     return loss / (log_p.numel() if reduction == "mean" else len(log_p))
+
+
+def main():
+    config, words = models.command_line(__doc__, ("student", "teacher"))
+    if words.dry_run:
+        return models.dry_run(config)
+    role = words.role
+    stage = "incubate" if role == "teacher" else "distill"  # whose block of `train` holds
+    c, d = dict(config["train"][stage]), config["distill"]
+    alpha = 0.0 if role == "teacher" else d["alpha"]
+    process = data.setup(config["device"])
+    device, main_process = process.device, process.rank == 0
+
+    # what is finished, and what an unfinished run left
+    wanted = range(models.modules_of(config)) if words.module is None else [words.module]
+    name = f"{role}_modules/unfinished.pt" if words.module is None else f"{role}_modules/{words.module}.unfinished.pt"
+    todo = [i for i in wanted if not models.finished(config, stage, f"{role}_modules/{i}.pt", words.force)]
+    if len(todo) < len(wanted):
+        models.say(process, f"{stage}: modules {sorted(set(wanted) - set(todo))} are finished; skipped (force=true "
+                   "repeats them).")
+    if not todo:
+        return
+    models.begin(config, process)
+    resumed = models.unfinished(config, stage, name, words.force)
+
+    train, validation = data.load(config, "train", stage), data.load(config, "validation")
+    steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"])
+    total_batch = c["batch"] * process.world * c["accumulate"]
+
+    meta = models.build(config, "meta").to(device).requires_grad_(False).eval()
+    models.load_weights(meta, models.needed(config, "meta"))
+    teacher = None
+    if alpha:
+        teacher = models.build(config, "teacher").to(device).requires_grad_(False).eval()
+        models.load_weights(teacher, models.needed(config, "teacher"))
+        hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process)
+        models.say(process, f"distill: validation top-1 of the teacher hybrids {hybrids}")
+    whole = models.build(config, role)
+    models.set_drop_path(whole, c["drop_path"])
+    modules = models.cut(whole.to(device), config, role)
+    students = {i: modules[i].to(device) for i in todo}
+    optimizers = {i: models.optimizer(student, c) for i, student in students.items()}
+
+    step, sums = 0, {i: torch.zeros(3, device=device) for i in todo}  # loss·images, correct, images of the epoch so far
+    if resumed:
+        for i in todo:
+            students[i].load_state_dict(resumed["models"][i])
+            optimizers[i].load_state_dict(resumed["optimizers"][i])
+            sums[i] = resumed["sums"][i].to(device)
+        step = resumed["step"]
+        models.add_log(config, process, resumed["lines"])
+    parallel = {i: DistributedDataParallel(s) if process.world > 1 else s for i, s in students.items()}
+    models.say(process, f"{stage}: modules {todo} of {[models.count(students[i]) for i in todo]} parameters, "
+               f"{len(train):,} images, {c['epochs']} epochs of {steps} steps of {total_batch} images, learning rate "
+               f"{c['lr'] * total_batch / 512:g}" + (f", resumed at step {step}" if resumed else ""))
+
+    while step < c["epochs"] * steps:
+        epoch, began = step // steps, time.time()
+        for student in students.values():
+            student.train()
+        batches = data.train_batches(train, config, stage, epoch, process, start_step=step % steps)
+        bar = tqdm(batches, f"{stage} {epoch + 1}/{c['epochs']}", (steps - step % steps) * c["accumulate"],
+                   disable=models.quiet(process), leave=False)
+        for k, (images, targets) in enumerate(bar):
+            with models.autocast(config, device), torch.no_grad():
+                hidden = meta.hidden_states(images)  # h_0 = images, h_1 … h_{L-1}: one run of M serves all pairs
+            for i in todo:
+                models.seed_noise(config, stage, i, step, k % c["accumulate"], process.rank)
+                with models.autocast(config, device):
+                    logits = meta.rest(i + 1, parallel[i](hidden[i]))  # M_L ∘ … ∘ M_{i+2} ∘ post ∘ S_{i+1} ∘ pre
+                    loss = soft_target_ce(logits, targets)
+                    if teacher:
+                        with torch.no_grad():
+                            teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i]))  # M_L ∘ … ∘ M_{i+2} ∘ T_{i+1}
+                        # L = (1−α)·CE(student, y) + α·KD(student, teacher)
+                        loss = (1 - alpha) * loss + alpha * kd(logits, teacher_logits, d["tau"], d["kind"],
+                                                               d["reduction"])
+                    total = loss + models.balance_loss(students[i])
+                (total / c["accumulate"]).backward()
+                correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
+                sums[i] += torch.stack([loss.detach() * len(images), correct, sums[i].new_tensor(len(images))])
+            if (k + 1) % c["accumulate"]:
+                continue
+
+            lr = models.learning_rate(step, steps, c, total_batch)
+            for i in todo:
+                models.update(students[i], optimizers[i], lr, c["clip"])
+            step += 1
+            if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
+                for i in todo:
+                    models.check_finite(sums[i][0], f"{stage}: the loss of module {i} at step {step}", config)
+                bar.set_postfix({f"top1 {i}": f"{100 * sums[i][1] / sums[i][2]:.1f}" for i in todo}, lr=f"{lr:.1e}")
+            if models.stop_asked():
+                break
+
+        lines = []
+        if step % steps == 0:
+            trained = time.time() - began
+            validated = accuracy(meta, students, validation, config, process)
+            for i in todo:
+                loss_sum, correct, images = data.sum_over_processes(sums[i]).tolist()
+                lines.append({"stage": stage, "module": i, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
+                              "top1": 100 * correct / images, "val_top1": validated[i], "lr": lr,
+                              "images_per_second": images / trained,  # of the pass, which serves all modules …
+                              "seconds": (time.time() - began) / len(todo),  # … and a module's share of its time
+                              **models.expert_load(students[i])})
+                sums[i].zero_()
+        if main_process:
+            models.save_unfinished(config, stage, name, {
+                "models": {i: s.state_dict() for i, s in students.items()},
+                "optimizers": {i: o.state_dict() for i, o in optimizers.items()}, "step": step, "sums": sums,
+                "lines": lines})
+        models.add_log(config, process, lines)
+        models.exit_if_asked(process)
+
+    if main_process:
+        for i in todo:
+            models.save_finished(config, stage, f"{role}_modules/{i}.pt", students[i].state_dict())
+    data.close()
+
+
+@torch.no_grad()
+def accuracy(meta, modules, images, config, process):
+    """Top-1 in % of each hybrid M_L ∘ … ∘ module ∘ … ∘ M_1 over all images, each counted once. {i: module} -> {i: %}."""
+    correct = {i: torch.zeros((), device=process.device) for i in modules}
+    for x, labels in data.eval_batches(images, config, process):
+        with models.autocast(config, process.device):
+            hidden = meta.hidden_states(x)
+            for i, module in modules.items():
+                correct[i] += (meta.rest(i + 1, module.eval()(hidden[i])).argmax(-1) == labels).sum()
+    return {i: round(100 * data.sum_over_processes(c).item() / len(images), 2) for i, c in correct.items()}
+
+
+if __name__ == "__main__":
+    models.run(main)

@@ -18,8 +18,10 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -685,8 +687,9 @@ def balance_loss(model):
 
 
 def expert_load(model):
-    """Each mixture's share of tokens by expert, in the last batch: one row a layer; [] where there are no experts."""
-    return [m.load.tolist() for m in model.modules() if isinstance(m, MoE)]
+    """For the log: each mixture's share of tokens by expert in the last batch, one row a layer; {} without experts."""
+    load = [[round(share, 3) for share in m.load.tolist()] for m in model.modules() if isinstance(m, MoE)]
+    return {"expert_load": load} if load else {}
 
 
 def set_drop_path(model, rate):
@@ -1265,9 +1268,9 @@ def load_state(model, state, path):
 
 # stage: the keys that its result depends on (a stage depends on all before it)
 MADE_FROM = {"meta": ["seed", "data", "meta", "train.meta"]}
-MADE_FROM["incubate"] = MADE_FROM["meta"] + ["teacher", "train.incubate"]
+MADE_FROM["incubate"] = MADE_FROM["assemble_teacher"] = MADE_FROM["meta"] + ["teacher", "train.incubate"]
 MADE_FROM["teacher"] = MADE_FROM["incubate"] + ["train.teacher"]
-MADE_FROM["distill"] = MADE_FROM["teacher"] + ["student", "distill", "train.distill"]
+MADE_FROM["distill"] = MADE_FROM["assemble_student"] = MADE_FROM["teacher"] + ["student", "distill", "train.distill"]
 MADE_FROM["student"] = MADE_FROM["distill"] + ["train.student"]
 MADE_FROM["baseline"] = ["seed", "data", "student", "train.student", "train.baseline_epochs"]
 MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
@@ -1277,7 +1280,7 @@ WHOLE_STUDENT = ("student.graph", "student.sbm", "student.regularizer", "distill
 
 
 def settings(config, stage):
-    """The flat part of a config that a stage's result depends on, as JSON: kept in its checkpoints, compared later."""
+    """The part of a config that a stage's result depends on, as JSON: kept in its checkpoints, compared later."""
     def counts(key):
         return (any(key == k or key.startswith(k + ".") for k in MADE_FROM[stage]) and not key.startswith(IDLE)
                 and not (stage == "distill" and key.startswith(WHOLE_STUDENT)))
@@ -1285,24 +1288,7 @@ def settings(config, stage):
     return json.dumps({k: v for k, v in flatten(config).items() if counts(k)})
 
 
-def finished(config, stage, name):
-    """Path of a stage's finished file, in the run's folder or in the one it shares; None if it is still to be made.
-
-    A file that was made with other settings is never taken for the stage's result: in the run's folder it is refused.
-    """
-    for folder in (config["output_dir"], config["share"]):
-        path = Path(folder or "", name)
-        if folder and path.exists():
-            difference = differs(read(path), config, stage)
-            if not difference:
-                return path
-            if folder == config["output_dir"]:
-                raise UserError(f"{path} was made with {difference}; choose another output_dir, or force=true to "
-                                "make it again.")
-    return None
-
-
-def differs(content, config, stage):
+def difference(content, config, stage):
     """In words, the first setting in which a checkpoint differs from the config; None if there is no difference."""
     try:
         old = json.loads(content["settings"])
@@ -1311,13 +1297,30 @@ def differs(content, config, stage):
     new = json.loads(settings(config, stage))
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
-            return f"{key}={json.dumps(old.get(key))}, not {json.dumps(new.get(key))}"
+            return f"{key}={json.dumps(old.get(key))} instead of {json.dumps(new.get(key))}"
+    return None
+
+
+def finished(config, stage, name, force=False):
+    """Path of a stage's finished file, in the run's folder or in the one it shares; None if it is still to be made.
+
+    A file that was made with other settings is never taken for the stage's result: in the run's folder it is refused.
+    """
+    for folder in (config["output_dir"], config["share"]):
+        path = Path(folder or "", name)
+        if folder and path.exists() and not force:
+            other = difference(read(path), config, stage)
+            if not other:
+                return path
+            if folder == config["output_dir"]:
+                raise UserError(f"{path} was made with {other}; choose another output_dir, or force=true to make it "
+                                "again.")
     return None
 
 
 def needed(config, role, stage=None, name=None):
-    """Path of the weights that a stage builds on: role.checkpoint, or the finished file. Raises UserError if there is none."""
-    if role in ("meta", "teacher") and config[role]["checkpoint"]:
+    """Path of the weights that a stage builds on: <role>.checkpoint, or the finished file. Raises UserError without."""
+    if name is None and config[role].get("checkpoint"):
         return config[role]["checkpoint"]
     name = name or f"{role}.pt"
     path = finished(config, stage or role, name)
@@ -1327,12 +1330,49 @@ def needed(config, role, stage=None, name=None):
     return path
 
 
-def add_log(config, line):
-    """Appends a line to the run's log.jsonl, unless the very same line is there already (after a resume)."""
-    path, text = Path(config["output_dir"], "log.jsonl"), json.dumps(line) + "\n"
-    if not path.exists() or text not in path.read_text():
-        with open(path, "a") as file:
-            file.write(text)
+def begin(config, process):
+    """Makes the run's folder with the resolved config; from here on SIGTERM asks the loop to save and leave."""
+    signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
+    if process.rank == 0:
+        folder = Path(config["output_dir"])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f"config.yaml.{os.getpid()}.tmp"
+            temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+            os.replace(temporary, folder / "config.yaml")
+        except OSError as e:
+            raise UserError(f"output_dir={folder} cannot be written to ({e.strerror}).") from None
+
+
+def unfinished(config, stage, name, force=False):
+    """What a stage that was cut off left behind; None if there is nothing, or force. Raises UserError on other settings."""
+    path = Path(config["output_dir"], name)
+    if force or not path.exists():
+        return None
+    content = read(path)
+    if other := difference(content, config, stage):
+        raise UserError(f"{path} was begun with {other}; choose another output_dir, or force=true to start again.")
+    return content
+
+
+def save_unfinished(config, stage, name, content):
+    save(Path(config["output_dir"], name), {**content, "settings": settings(config, stage)})
+
+
+def save_finished(config, stage, name, state):
+    """Writes a stage's result: the weights, and the settings that they were made with."""
+    save(Path(config["output_dir"], name), {"model": state, "settings": settings(config, stage)})
+
+
+def add_log(config, process, lines):
+    """Appends lines to the run's log.jsonl, but none twice: after a resume the last ones may be there already."""
+    path = Path(config["output_dir"], "log.jsonl")
+    for line in lines if process.rank == 0 else ():
+        say(process, "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+        text = json.dumps(line) + "\n"
+        if not path.exists() or text not in path.read_text():
+            with open(path, "a") as file:
+                file.write(text)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1368,6 +1408,84 @@ def autocast(config, device):
     """Mixed precision: bfloat16 on CUDA by default, off elsewhere (config key precision)."""
     use = config["precision"] == "bfloat16" or (config["precision"] == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=use)
+
+
+def update(module, optimizer, lr, clip):
+    """One optimiser step at learning rate `lr`, with the gradient's norm clipped (0: not)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if clip:
+        nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def seed_noise(config, *place):
+    """Makes all noise from here on (stochastic depth, jitter, kernel and Gumbel samples) a function of seed and place.
+
+    So a resumed run needs no random state, and a module gets the same noise alone as among all others.
+    """
+    torch.manual_seed(zlib.crc32(repr((config["seed"], *place)).encode()))
+
+
+def check_finite(value, what, config):
+    if not math.isfinite(value):
+        raise UserError(f"{what} is not finite; the last good checkpoint is in {config['output_dir']}. A lower learning "
+                        "rate, warm-up or gradient clipping may help.")
+
+
+STOP = []  # filled by SIGTERM
+
+
+def stop_asked():
+    return bool(STOP)
+
+
+def exit_if_asked(process):
+    """Leaves after SIGTERM: all is saved."""
+    if STOP:
+        say(process, f"SIGTERM: saved; to go on: python {' '.join(sys.argv)}")
+        sys.exit(143)
+
+
+def say(process, text):
+    """Prints a line, on the first process only."""
+    if text and process.rank == 0:
+        print(text, flush=True)
+
+
+def quiet(process):
+    """Whether to leave out the progress bar: on all processes but the first, and where there is no terminal."""
+    return process.rank > 0 or not sys.stderr.isatty()
+
+
+def count(module, trainable=True):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+
+
+def dry_run(config, world=None):
+    """Builds every model of the config without weights, and prints the table of stages: what trains, how long, how fast."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    with torch.device("meta"):
+        whole_models = {role: build(config, role) for role in ("meta", "teacher", "student", "baseline")}
+        size = {role: count(model) for role, model in whole_models.items()}
+        for role, stage in (("teacher", "incubate"), ("student", "distill")):
+            size[stage] = sum(map(count, cut(whole_models[role], config, role)))
+    pool = TRAIN_IMAGES.get(config["data"]["set"], 0)
+    if config["data"]["set"] != "glyphs":
+        pool -= config["data"]["validation_images"]
+    print(f"{'stage':12}{'parameters':>12}{'images':>11}{'epochs':>8}{'steps':>9}{'batch':>7}{'learning rate':>15}")
+    for stage in ("meta", "incubate", "teacher", "distill", "student", "baseline"):
+        c = dict(config["train"]["student" if stage == "baseline" else stage])
+        if stage == "baseline" and config["train"]["baseline_epochs"] is not None:
+            c["epochs"] = config["train"]["baseline_epochs"]
+        images = config["data"]["train_images"] or pool
+        if c["images"]:
+            images = min(images or c["images"][1], c["images"][1]) - c["images"][0]
+        batch = c["batch"] * world * c["accumulate"]
+        steps = images // batch * c["epochs"] if images else "?"
+        print(f"{stage:12}{size[stage]:12,}{images or '?':>11,}{c['epochs']:8}{steps:>9}{batch:7}"
+              f"{c['lr'] * batch / 512:10.2g} → {c['min_lr'] * (batch / 512 if c['scale_min_lr'] else 1):.2g}")
 
 
 def command_line(doc, roles):
