@@ -13,7 +13,7 @@ Papers: m2mKD 2402.16918, Deep Incubation 2212.04129, NAC 2210.08031, V-MoE 2106
 
 import argparse
 import difflib
-import io
+import functools
 import json
 import math
 import os
@@ -98,8 +98,6 @@ class MoE(nn.Module):
         self.fc1_bias = nn.Parameter(torch.zeros(experts, hidden))
         self.fc2_weight = nn.Parameter(torch.empty(experts, width, hidden))
         self.fc2_bias = nn.Parameter(torch.zeros(experts, width))
-        nn.init.trunc_normal_(self.fc1_weight, std=0.02)
-        nn.init.trunc_normal_(self.fc2_weight, std=0.02)
 
     def forward(self, x):  # B N D
         shape, k = x.shape, self.top_k
@@ -189,7 +187,7 @@ class ViT(nn.Module):
     """
 
     def __init__(self, image_size, patch, width, heads, depths, classes, mlp_ratio=4.0, qkv_bias=True, eps=1e-6,
-                 moe=None, moe_blocks=None):
+                 init_std=0.02, moe=None, moe_blocks=None):
         super().__init__()
         # a Sequential only to give the convolution timm's name, patch_embed.proj
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride=patch)))
@@ -202,7 +200,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.head = nn.Linear(width, classes)
         self.stitches = nn.ModuleList()  # filled by keep_stitches(): what stands between module i and module i+1
-        self.apply(init_linear)
+        self.apply(functools.partial(init_linear, std=init_std))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         ends = np.cumsum(depths).tolist()
@@ -228,12 +226,15 @@ class ViT(nn.Module):
         return self.rest(0, images)
 
 
-def init_linear(module):
-    """ViT's initialisation: Linear weights trunc-normal std .02, biases 0."""
+def init_linear(module, std):
+    """ViT's initialisation: Linear (and experts') weights trunc-normal, biases 0."""
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, MoE):
+        nn.init.trunc_normal_(module.fc1_weight, std=std)
+        nn.init.trunc_normal_(module.fc2_weight, std=std)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -845,7 +846,7 @@ def build(config, role):
         if role in ("meta", "teacher") or c["kind"] == "vmoe":
             moe = dict(experts=c["experts"], top_k=c["top_k"], balance=c["balance"], capacity=c["capacity"])
             model = ViT(patch=c["patch"], width=c["width"], heads=c["heads"], depths=c["depths"],
-                        mlp_ratio=c["mlp_ratio"], qkv_bias=c["qkv_bias"], eps=c["eps"],
+                        mlp_ratio=c["mlp_ratio"], qkv_bias=c["qkv_bias"], eps=c["eps"], init_std=c["init_std"],
                         moe=moe if c["experts"] else None, moe_blocks=c["moe_blocks"], **common)
         else:
             model = NAC(width=c["width"], heads=c["heads"], head_width=c["head_width"], latents=c["latents"],
@@ -924,6 +925,7 @@ VIT_KEYS = {
     "mlp_ratio": (4.0, number(0.01)),
     "qkv_bias": (True, FLAG),  # off in the original's ViT-Huge
     "eps": (1e-6, number(1e-12)),  # of the LayerNorms; 1e-5 in the original's ViT-Huge
+    "init_std": (0.02, number(1e-6)),  # of the weights; DeiT's .02 suits widths from about 200 up, .1 widths near 64
     "experts": (0, whole()),  # 0: a plain MLP
     "top_k": (2, whole(1)),
     "moe_blocks": (None, or_null(numbers(whole()))),  # which blocks have experts; null: all
