@@ -12,6 +12,7 @@ Papers: m2mKD 2402.16918, Deep Incubation 2212.04129, NAC 2210.08031, V-MoE 2106
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import json
@@ -1127,19 +1128,30 @@ def unflatten(flat):
 
 
 def save(path, content):
-    """Writes a checkpoint (tensors, numbers, strings) so that `path` is always whole: beside it, fsync, rename."""
+    """Writes a checkpoint: tensors, numbers and strings only."""
+    write(path, lambda file: torch.save(content, file))
+
+
+def write_text(path, text):
+    write(path, lambda file: file.write(text.encode()))
+
+
+def write(path, put):
+    """Writes a file so that `path` is always whole: beside it, fsync, rename. Raises UserError where that fails."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            put(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({e}); what was there before is unharmed.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read(path):
@@ -1337,13 +1349,7 @@ def begin(config, process):
     signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
     if process.rank == 0:
         folder = Path(config["output_dir"])
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"config.yaml.{os.getpid()}.tmp"
-            temporary.write_text(yaml.safe_dump(config, sort_keys=False))
-            os.replace(temporary, folder / "config.yaml")
-        except OSError as e:
-            raise UserError(f"output_dir={folder} cannot be written to ({e.strerror}).") from None
+        write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def unfinished(config, stage, name, force=False):
@@ -1499,7 +1505,7 @@ def command_line(doc, roles):
                         f"role={'|'.join(roles)}, module=i, force=true")
     words = parser.parse_intermixed_args()
     rest = []
-    words.role, words.module, words.force = roles[0], None, False
+    words.role, words.module, words.force, words.checkpoint = roles[0], None, False, None
     for item in words.overrides:
         key, _, value = item.partition("=")
         if key == "role":
@@ -1510,8 +1516,8 @@ def command_line(doc, roles):
             if value not in ("true", "false"):
                 raise UserError(f"force={value} is not allowed: it must be true or false.")
             words.force = value == "true"
-        elif key == "module":
-            words.module = value
+        elif key in ("module", "checkpoint"):
+            setattr(words, key, value)
         else:
             rest.append(item)
     config = load_config(words.config, rest)

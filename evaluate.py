@@ -1,0 +1,146 @@
+"""evaluate.py – accuracy of trained models on test and robustness sets, and tables over runs.
+
+    python evaluate.py --config configs/demo_nac.yaml                         the student
+    python evaluate.py --config configs/demo_nac.yaml role=all                every finished model of the run, and a table
+    python evaluate.py --config configs/demo_nac.yaml checkpoint=other.pt     these weights as the role's
+    torchrun --nproc_per_node=8 evaluate.py --config configs/imagenet_vmoe.yaml role=baseline
+    python evaluate.py --report runs/demo_nac*                                mean ± std over seeds, as Markdown
+
+Writes <output_dir>/results.json, a list of {role, set, top1, top5, images, checkpoint}. Every image of a set counts
+once, however many processes share it, and the last weights are scored, not the best on the way.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+import data
+import models
+
+ROLES = ("student", "meta", "teacher", "baseline", "baseline_kd", "all")
+
+
+def main():
+    if "--report" in sys.argv:
+        return report(sys.argv[sys.argv.index("--report") + 1:])
+    config, words = models.command_line(__doc__, ROLES)
+    if words.dry_run:
+        return models.dry_run(config)
+    process = data.setup(config["device"])
+    folder = Path(config["output_dir"])
+    roles = [words.role] if words.role != "all" else [r for r in ROLES[:-1] if find(config, r)]
+    sets = {name: data.load(config, name) for name in ("test", *config["data"]["robustness"])}
+    for role in roles:
+        path = words.checkpoint or find(config, role) or models.needed(config, role)
+        model = models.build(config, role)
+        models.load_weights(model, path)
+        model.to(process.device).eval()
+        for name, images in sets.items():
+            if images.present is not None:
+                models.say(process, f"{name}: {len(images.present)} of the model's {config['data']['classes']} classes "
+                           "are present; it chooses among these only.")
+            top1, top5 = score(model, images, config, process)
+            if process.rank == 0:
+                keep_result(folder, {"role": role, "set": name, "top1": top1, "top5": top5, "images": len(images),
+                                     "checkpoint": str(path)})
+            models.say(process, f"{role}, {name}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(images):,} images")
+    if words.role == "all" and process.rank == 0:
+        report([folder])
+    data.close()
+
+
+def find(config, role):
+    """Path of a role's weights, or None."""
+    if role in ("meta", "teacher") and config[role]["checkpoint"]:
+        return config[role]["checkpoint"]
+    return models.finished(config, role, f"{role}.pt")
+
+
+@torch.no_grad()
+def score(model, images, config, process):
+    """Top-1 and top-5 in % over an ImageSet; logits of classes that it has not are left out."""
+    hits = torch.zeros(2, device=process.device)
+    absent = None
+    if images.present is not None:
+        absent = torch.ones(config["data"]["classes"], dtype=torch.bool, device=process.device)
+        absent[images.present] = False
+    for x, labels in data.eval_batches(images, config, process):
+        with models.autocast(config, process.device):
+            logits = model(x).float()
+        if absent is not None:
+            logits = logits.masked_fill(absent, -torch.inf)
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # B 5
+        hits += torch.stack([best[:, 0].sum(), best.sum()])
+    return (100 * data.sum_over_processes(hits) / len(images)).tolist()
+
+
+def keep_result(folder, result):
+    """Adds a result to the run's results.json, in place of an older one of the same role and set."""
+    path = folder / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else []
+    results = [r for r in results if (r["role"], r["set"]) != (result["role"], result["set"])] + [result]
+    models.write_text(path, json.dumps(results, indent=1))
+
+
+# stages whose time is a model's own; and those before it
+OWN = {"meta": ["meta"], "teacher": ["incubate", "teacher"], "student": ["distill", "student"], "baseline": ["baseline"],
+       "baseline_kd": ["baseline_kd"]}
+BEFORE = {"teacher": ["meta"], "student": ["meta", "incubate", "teacher"], "baseline_kd": ["meta", "incubate", "teacher"]}
+
+
+def report(folders):
+    """Prints a Markdown table of run folders: accuracy as mean ± sample std over seeds, and seconds of training.
+
+    Runs that differ only in their seed make one row. A row is named by the settings in which it differs from others
+    of its role.
+    """
+    rows = {}  # (role, settings without the seed) -> {seed: (results, seconds)}
+    for folder in sorted({Path(f).resolve() for f in folders}):
+        try:
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+            results = json.loads((folder / "results.json").read_text())
+        except OSError:
+            continue  # not a run, or not evaluated yet
+        seconds = {}
+        for log in (Path(config["share"] or "", "log.jsonl"), folder / "log.jsonl"):
+            lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            seconds.update({stage: sum(line["seconds"] for line in lines if line["stage"] == stage)
+                            for stage in {line["stage"] for line in lines}})
+        for role in {r["role"] for r in results}:
+            made = json.loads(models.settings(config, role))
+            seed = made.pop("seed")
+            top1 = {r["set"]: r["top1"] for r in results if r["role"] == role}
+            spent = [sum(seconds.get(s, 0) for s in stages[role]) for stages in (OWN, {**dict.fromkeys(OWN, []), **BEFORE})]
+            rows.setdefault((role, json.dumps(made)), {})[seed] = (top1, spent)
+    if not rows:
+        raise models.UserError(f"no results in {', '.join(map(str, folders)) or 'no folder'}: run evaluate.py first.")
+    sets = list(dict.fromkeys(name for runs in rows.values() for top1, _ in runs.values() for name in top1))
+    print("\n| model | " + " | ".join(f"{name} top-1 %" for name in sets) + " | seeds | own s | s before |")
+    print("|---|" + "---|" * (len(sets) + 3))
+    for role in ROLES[:-1]:
+        group = {made: runs for (r, made), runs in rows.items() if r == role}
+        for made, runs in group.items():
+            cells = [mean_std([top1[name] for top1, _ in runs.values() if name in top1]) for name in sets]
+            own, before = (statistics.mean(spent[i] for _, spent in runs.values()) for i in (0, 1))
+            print(f"| {role}{named(made, group)} | {' | '.join(cells)} | {len(runs)} | {own:.0f} | {before:.0f} |")
+
+
+def named(made, group):
+    """The settings in which one row differs from the others of its role, as text."""
+    made, others = json.loads(made), [json.loads(m) for m in group]
+    keys = [k for k in made if any(o.get(k) != made[k] for o in others)]
+    return "".join(f", {k}={json.dumps(made[k])}" for k in keys)
+
+
+def mean_std(values):
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    models.run(main)

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# run.sh – every stage of m2mKD in order, then the table: the student against its baseline.
+#
+#   bash run.sh configs/demo_nac.yaml [key=value …]        overrides go to every stage
+#   bash run.sh configs/demo_nac.yaml --dry-run            check the config, print the stages
+#   LAUNCH="torchrun --nproc_per_node=8" bash run.sh …     the same on eight GPUs
+#
+# A stage that is finished is skipped, an unfinished one goes on, so starting this again after a kill is always right.
+set -euo pipefail
+[ $# -ge 1 ] || { echo "usage: bash run.sh configs/NAME.yaml [key=value …]" >&2; exit 2; }
+config=$1; shift
+cd "$(dirname "$0")"
+launch=${LAUNCH:-python}
+
+# glibc returns every large tensor to the system and faults it in again; CPU training is faster if it keeps them.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
+export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
+
+stage() { $launch "$1" --config "$config" "${@:2}"; }
+
+for word in "$@"; do [ "$word" != --dry-run ] || { stage finetune.py "$@"; exit; }; done
+
+# weights from elsewhere: their stages are left out
+given() { python -c 'import sys, models; print(models.load_config(sys.argv[2], sys.argv[3:])[sys.argv[1]]["checkpoint"] or "")' "$@"; }
+teacher_given=$(given teacher "$config" "$@" 2>/dev/null) || { stage finetune.py "$@" --dry-run >/dev/null; exit 2; }
+meta_given=$(given meta "$config" "$@")
+
+[ -n "$meta_given" ]    || stage finetune.py "$@" role=meta            # 1. the meta model
+[ -n "$teacher_given" ] || stage distill_module.py "$@" role=teacher   # 2. incubate the teacher's modules in it
+[ -n "$teacher_given" ] || stage assemble.py "$@" role=teacher
+[ -n "$teacher_given" ] || stage finetune.py "$@" role=teacher         # 3. assemble and finetune the teacher
+stage distill_module.py "$@"                                           # 4. m2mKD: the student's modules
+stage assemble.py "$@"
+stage finetune.py "$@"                                                 # 5. assemble and finetune the student
+stage finetune.py "$@" role=baseline                                   # the same student, end to end from scratch
+stage evaluate.py "$@" role=all
