@@ -42,9 +42,33 @@ def assemble(config, role, force, process):
 
     taught = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
     fresh = [name for name, tensor in whole.state_dict(keep_vars=True).items() if id(tensor) not in taught]
+    if role == "student":
+        whole, other = carry(whole, models.build(models.on_target(config, role), role))
+        fresh += other
     models.save_finished(config, stage, name, whole.state_dict())
     models.say(process, f"{stage}: {len(modules)} modules, stitches {how if role == 'student' else 'none'}; "
                f"fresh tensors: {', '.join(fresh) or 'none'}")
+
+
+def carry(distilled, student):
+    """Weights of the distilled student -> the student of the target data. Returns it, and the names not carried over.
+
+    With another image size or other classes the position grid and the classifier start fresh (section 5 of the
+    original's guide: Tiny-ImageNet students are distilled on ImageNet); any other mismatch is an error.
+    """
+    source, state, fresh = distilled.state_dict(), student.state_dict(), []
+    for name, tensor in state.items():
+        if source[name].shape == tensor.shape:
+            state[name] = source[name]
+        elif name.startswith(("tokenizer.grid", "pool.to_logits", "head.")):
+            fresh.append(name)
+        elif name == "pos_embed":
+            state[name] = models.resize_pos_embed(source[name], tensor.shape[1])
+        else:
+            raise models.UserError(f"{name} is {tuple(source[name].shape)} in the distilled modules and "
+                                   f"{tuple(tensor.shape)} in the student on target: it cannot be carried over.")
+    student.load_state_dict(state)
+    return student, fresh
 
 
 if __name__ == "__main__":

@@ -33,17 +33,20 @@ def main():
     process = data.setup(config["device"])
     folder = Path(config["output_dir"])
     roles = [words.role] if words.role != "all" else [r for r in ROLES[:-1] if find(config, r)]
-    sets = {name: data.load(config, name) for name in ("test", *config["data"]["robustness"])}
+    sets = {}  # by data block, each loaded once
     for role in roles:
         path = words.checkpoint or find(config, role) or models.needed(config, role)
-        model = models.build(config, role)
+        c = models.on_target(config, role)
+        model = models.build(c, role)
         models.load_weights(model, path)
         model.to(process.device).eval()
-        for name, images in sets.items():
+        for name in ("test", *c["data"]["robustness"]):
+            key = (name, json.dumps(c["data"]))
+            images = sets[key] = sets[key] if key in sets else data.load(c, name)
             if images.present is not None:
-                models.say(process, f"{name}: {len(images.present)} of the model's {config['data']['classes']} classes "
-                           "are present; it chooses among these only.")
-            top1, top5 = score(model, images, config, process)
+                models.say(process, f"{name}: {len(images.present)} of the model's {c['data']['classes']} classes are "
+                           "present; it chooses among these only.")
+            top1, top5 = score(model, images, c, process)
             if process.rank == 0:
                 keep_result(folder, {"role": role, "set": name, "top1": top1, "top5": top5, "images": len(images),
                                      "checkpoint": str(path)})

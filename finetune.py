@@ -45,6 +45,7 @@ def main():
     if words.dry_run:
         return models.dry_run(config)
     role = words.role
+    config = models.on_target(config, role)
     stage = "student" if role.startswith("baseline") else role  # whose block of `train` holds
     c, d = dict(config["train"][stage]), config["distill"]
     if role.startswith("baseline") and config["train"]["baseline_epochs"] is not None:

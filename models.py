@@ -862,6 +862,14 @@ def build(config, role):
     return model
 
 
+def on_target(config, role):
+    """The config as a stage of `role` sees it: students and baselines as a whole have `target` in place of `data`."""
+    if role not in ("student", "baseline", "baseline_kd"):
+        return config
+    target = {k: v for k, v in config["target"].items() if v is not None}
+    return {**config, "data": {**config["data"], **target}}
+
+
 def modules_of(config):
     """L, the number of modules: that of the meta model's `depths`."""
     return len(config["meta"]["depths"])
@@ -916,6 +924,27 @@ CLASSES = {"glyphs": 24, "fashion_mnist": 10, "tiny_imagenet": 200, "imagenet": 
 TRAIN_IMAGES = {"glyphs": 5000, "fashion_mnist": 60000, "tiny_imagenet": 100000, "imagenet": 1281167,
                 "cifar100": 50000, "cub": 5994}
 
+DATA_KEYS = {
+    "set": ("glyphs", one_of(*CLASSES, "folder")),
+    "root": ("", TEXT),
+    "image_size": (32, whole(1)),
+    "classes": (None, or_null(whole(2))),  # null: what the set has
+    "train_images": (0, whole()),  # how many to use, or to draw (glyphs); 0: all
+    "validation_images": (1000, whole(1)),  # held out from the training images; choices are made on them
+    "test_images": (0, whole()),
+    "robustness": ([], TEXTS),  # further test sets: renditions, or a folder of <class name>/*
+    "pad": (0, whole()),  # random crop after padding by so many pixels
+    "resized_crop": (None, or_null(numbers(number(0.001, 1), 2))),  # random resized crop: range of areas
+    "flip": (0.0, number(0, 1)),
+    "randaugment": (0.0, number(0, 10)),  # magnitude; 9 in the paper
+    "erasing": (0.0, number(0, 1)),
+    "mixup": (0.0, number()),
+    "cutmix": (0.0, number()),
+    "smoothing": (0.0, number(0, 0.999)),
+    "repeats": (1, whole(1)),  # repeated augmentation
+    "workers": (4, whole()),  # processes that read image files
+}
+
 VIT_KEYS = {
     "arch": (None, or_null(one_of(*ARCHITECTURES))),  # fills patch, width, heads and depth
     "depth": (None, or_null(whole(1))),  # only a check: what depths must sum to
@@ -957,24 +986,10 @@ KEYS = {
     "device": ("auto", one_of("auto", "cpu", "cuda", "mps")),
     "precision": ("auto", one_of("auto", "float32", "bfloat16")),  # auto: bfloat16 autocast on CUDA, float32 elsewhere
 
-    "data.set": ("glyphs", one_of(*CLASSES, "folder")),
-    "data.root": ("", TEXT),
-    "data.image_size": (32, whole(1)),
-    "data.classes": (None, or_null(whole(2))),  # null: what the set has
-    "data.train_images": (0, whole()),  # how many to use, or to draw (glyphs); 0: all
-    "data.validation_images": (1000, whole(1)),  # held out from the training images; choices are made on them
-    "data.test_images": (0, whole()),
-    "data.robustness": ([], TEXTS),  # further test sets: renditions, or a folder of <class name>/*
-    "data.pad": (0, whole()),  # random crop after padding by so many pixels
-    "data.resized_crop": (None, or_null(numbers(number(0.001, 1), 2))),  # random resized crop: range of areas
-    "data.flip": (0.0, number(0, 1)),
-    "data.randaugment": (0.0, number(0, 10)),  # magnitude; 9 in the paper
-    "data.erasing": (0.0, number(0, 1)),
-    "data.mixup": (0.0, number()),
-    "data.cutmix": (0.0, number()),
-    "data.smoothing": (0.0, number(0, 0.999)),
-    "data.repeats": (1, whole(1)),  # repeated augmentation
-    "data.workers": (4, whole()),  # processes that read image files
+    **{f"data.{k}": v for k, v in DATA_KEYS.items()},
+    # where the student is finetuned and tested, if that is another set than its modules are distilled on: what is not
+    # null here stands in for the same key of data (Tiny-ImageNet students are distilled on ImageNet)
+    **{f"target.{k}": (None, or_null(rule)) for k, (_, rule) in DATA_KEYS.items()},
 
     **{f"meta.{k}": v for k, v in VIT_KEYS.items()},
     **{f"teacher.{k}": v for k, v in VIT_KEYS.items()},
@@ -1054,7 +1069,8 @@ def load_config(path, overrides=()):
         if flat[f"{role}.arch"]:
             for key, value in zip(("patch", "width", "heads", "depth"), ARCHITECTURES[flat[f"{role}.arch"]]):
                 flat[f"{role}.{key}"] = given.get(f"{role}.{key}", value)
-    flat["data.classes"] = flat["data.classes"] or CLASSES.get(flat["data.set"])
+    for block in ("data", "target"):
+        flat[f"{block}.classes"] = flat[f"{block}.classes"] or CLASSES.get(flat[f"{block}.set"])
     check_fit(flat)
     return unflatten(flat)
 
@@ -1066,7 +1082,9 @@ def check_fit(c):
             raise UserError(sentence)
 
     L = len(c["meta.depths"])
-    require(c["data.classes"], "data.classes must be given for data.set=folder.")
+    for block in ("data", "target"):
+        require(c[f"{block}.classes"] or c[f"{block}.set"] != "folder",
+                f"{block}.classes must be given for {block}.set=folder.")
     vmoe = c["student.kind"] == "vmoe"
     for role in ("meta", "teacher") + ("student",) * vmoe:
         depths, depth = c[f"{role}.depths"], c[f"{role}.depth"]
@@ -1075,8 +1093,10 @@ def check_fit(c):
                 f"{role}.depths={depths} sums to {sum(depths)}, but the model has {depth} blocks ({role}.depth).")
         require(c[f"{role}.width"] % c[f"{role}.heads"] == 0,
                 f"{role}.width={c[f'{role}.width']} does not divide into {role}.heads={c[f'{role}.heads']} heads.")
-        require(c["data.image_size"] % c[f"{role}.patch"] == 0,
-                f"data.image_size={c['data.image_size']} is not a multiple of {role}.patch={c[f'{role}.patch']}.")
+        for block in ("data", "target")[:1 + (role == "student")]:
+            size = c[f"{block}.image_size"] or c["data.image_size"]
+            require(size % c[f"{role}.patch"] == 0,
+                    f"{block}.image_size={size} is not a multiple of {role}.patch={c[f'{role}.patch']}.")
         require(c[f"{role}.experts"] == 0 or c[f"{role}.top_k"] <= c[f"{role}.experts"],
                 f"{role}.top_k={c[f'{role}.top_k']} is more than {role}.experts={c[f'{role}.experts']}.")
         require(all(k < sum(depths) for k in c[f"{role}.moe_blocks"] or []),
@@ -1284,12 +1304,13 @@ def load_state(model, state, path):
 MADE_FROM = {"meta": ["seed", "data", "meta", "train.meta"]}
 MADE_FROM["incubate"] = MADE_FROM["assemble_teacher"] = MADE_FROM["meta"] + ["teacher", "train.incubate"]
 MADE_FROM["teacher"] = MADE_FROM["incubate"] + ["train.teacher"]
-MADE_FROM["distill"] = MADE_FROM["assemble_student"] = MADE_FROM["teacher"] + ["student", "distill", "train.distill"]
-MADE_FROM["student"] = MADE_FROM["distill"] + ["train.student"]
-MADE_FROM["baseline"] = ["seed", "data", "student", "train.student", "train.baseline_epochs"]
+MADE_FROM["distill"] = MADE_FROM["teacher"] + ["student", "distill", "train.distill"]
+MADE_FROM["assemble_student"] = MADE_FROM["distill"] + ["target"]
+MADE_FROM["student"] = MADE_FROM["assemble_student"] + ["train.student"]
+MADE_FROM["baseline"] = ["seed", "data", "target", "student", "train.student", "train.baseline_epochs"]
 MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
 # what does not change a result; and what matters only once the student is whole
-IDLE = ("data.root", "data.workers", "data.test_images", "data.robustness")
+IDLE = tuple(f"{block}.{k}" for block in ("data", "target") for k in ("root", "workers", "test_images", "robustness"))
 WHOLE_STUDENT = ("student.graph", "student.sbm", "student.regularizer", "distill.stitches")
 
 
@@ -1334,7 +1355,7 @@ def finished(config, stage, name, force=False):
 
 def needed(config, role, stage=None, name=None):
     """Path of the weights that a stage builds on: <role>.checkpoint, or the finished file. Raises UserError without."""
-    if name is None and config[role].get("checkpoint"):
+    if name is None and config.get(role, {}).get("checkpoint"):
         return config[role]["checkpoint"]
     name = name or f"{role}.pt"
     path = finished(config, stage or role, name)
@@ -1471,23 +1492,25 @@ def count(module, trainable=True):
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
 
-def dry_run(config, world=None):
+def images_of(d):
+    """Training images of a data block, as far as they are known without looking; else 0."""
+    held_out = d["validation_images"] if d["set"] != "glyphs" else 0
+    return d["train_images"] or max(0, TRAIN_IMAGES.get(d["set"], 0) - held_out)
+
+
+def dry_run(config):
     """Builds every model of the config without weights, and prints the table of stages: what trains, how long, how fast."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     with torch.device("meta"):
-        whole_models = {role: build(config, role) for role in ("meta", "teacher", "student", "baseline")}
-        size = {role: count(model) for role, model in whole_models.items()}
+        size = {role: count(build(on_target(config, role), role)) for role in ("meta", "teacher", "student", "baseline")}
         for role, stage in (("teacher", "incubate"), ("student", "distill")):
-            size[stage] = sum(map(count, cut(whole_models[role], config, role)))
-    pool = TRAIN_IMAGES.get(config["data"]["set"], 0)
-    if config["data"]["set"] != "glyphs":
-        pool -= config["data"]["validation_images"]
+            size[stage] = sum(map(count, cut(build(config, role), config, role)))
     print(f"{'stage':12}{'parameters':>12}{'images':>11}{'epochs':>8}{'steps':>9}{'batch':>7}{'learning rate':>15}")
     for stage in ("meta", "incubate", "teacher", "distill", "student", "baseline"):
         c = dict(config["train"]["student" if stage == "baseline" else stage])
         if stage == "baseline" and config["train"]["baseline_epochs"] is not None:
             c["epochs"] = config["train"]["baseline_epochs"]
-        images = config["data"]["train_images"] or pool
+        images = images_of(on_target(config, stage)["data"])
         if c["images"]:
             images = min(images or c["images"][1], c["images"][1]) - c["images"][0]
         batch = c["batch"] * world * c["accumulate"]

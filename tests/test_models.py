@@ -1,0 +1,711 @@
+"""models.py: exact against the literal definitions of literal.py, and against numbers worked out by hand."""
+
+import inspect
+import itertools
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import distill_module
+import finetune
+import literal
+import models
+
+LN2, LN3 = math.log(2), math.log(3)
+
+
+def config(tmp_path, *overrides):
+    (tmp_path / "c.yaml").write_text("data: {image_size: 16}\n")
+    return models.load_config(tmp_path / "c.yaml", [f"output_dir={tmp_path / 'run'}", *overrides])
+
+
+def shake(model, std=0.1, seed=0):
+    """Moves every parameter off its initial value, so that layer scales, biases and gains take part."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += std * torch.randn(p.shape, generator=generator)
+    return model
+
+
+def error(ours, theirs):
+    """Norm of the difference over norm; absolute where the norm is zero in theory."""
+    norm = theirs.norm()
+    return ((ours - theirs).norm() / (norm if norm > 1e-6 else 1)).item()
+
+
+def compare(model, ours, theirs, x, tolerance, gradient_tolerance, seed=0):
+    """Outputs, and gradients of all parameters and of the input, of two functions of the same model."""
+    results = []
+    for function in (ours, theirs):
+        model.zero_grad()
+        x = x.detach().requires_grad_()
+        torch.manual_seed(seed)
+        out = function(x)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (out * direction.to(out)).sum().backward()
+        results.append((out, {"input": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}))
+    (a, grads), (b, expected) = results
+    assert error(a, b) <= tolerance
+    for name, gradient in expected.items():
+        assert error(grads.pop(name, torch.zeros_like(gradient)), gradient) <= gradient_tolerance, name
+    assert all((g == 0).all() for g in grads.values()), list(grads)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# NAC
+
+SMALL = dict(image_size=32, width=24, heads=2, head_width=12, latents=(5, 11, 3), propagators=2, classes=7,
+             signature_width=16, tokenizer_blocks=1, grid_width=8)
+SIZES = {
+    "small": SMALL,
+    "code and heads of other widths": {**SMALL, "code_width": 20, "heads": 3, "head_width": 5, "ffn_ratio": 1.0},
+    "three stages, pooled grid": {**SMALL, "width": 16, "tokenizer_stages": 3, "grid_size": 8, "image_size": 48},
+    "one of each": {**SMALL, "latents": (1, 1, 1), "propagators": 1},
+}
+
+
+@pytest.mark.parametrize("dtype, tolerance, gradient_tolerance",
+                         [(torch.float32, 1e-5, 1e-4), (torch.float64, 1e-9, 1e-9)])
+@pytest.mark.parametrize("size", SIZES)
+def test_nac_is_the_literal_circuit(size, dtype, tolerance, gradient_tolerance):
+    torch.manual_seed(0)
+    model = shake(models.NAC(**SIZES[size])).to(dtype).eval()
+    images = torch.randn(3, 3, SIZES[size]["image_size"], SIZES[size]["image_size"], dtype=dtype)
+    compare(model, model, lambda x: literal.nac(model, x), images, tolerance, gradient_tolerance)
+
+
+@pytest.mark.parametrize("size", list(SIZES)[:2])
+def test_nac_in_training_is_the_literal_circuit_with_the_same_noise(size):
+    torch.manual_seed(0)
+    model = shake(models.NAC(**SIZES[size])).train()
+    models.set_drop_path(model, 0.3)
+    compare(model, model, lambda x: literal.nac(model, x), torch.randn(3, 3, 32, 32), 1e-5, 1e-4)
+
+
+def test_nac_is_deterministic_in_evaluation_and_noisy_in_training():
+    torch.manual_seed(0)
+    model, images = models.NAC(**SMALL).eval(), torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images), model(images))
+    codes, states = model.input_latents.codes, torch.randn(2, 3, 24)
+    for module, inputs in ((model.seeder, (codes, 4)), (model.pool, (states,))):
+        assert torch.equal(module.eval()(*inputs), module(*inputs))
+        assert not torch.equal(module.train()(*inputs), module(*inputs))
+
+
+def test_seeder_noise_has_the_learnt_deviation():
+    torch.manual_seed(0)
+    seeder, codes = models.Seeder(width=6, code_width=6), torch.randn(2, 6)
+    states = seeder(codes, 20_000)  # λ's bias is −5; jitter of the codes is one draw, so it adds nothing here
+    logvar = seeder.logvar(seeder.norm(codes))
+    assert torch.allclose(states.var(0).log(), logvar, atol=0.15)
+
+
+def test_pool_weights_are_gumbel_softmax():
+    # x_u = e_u, scorer (ln 1, ln 2, ln 3), classifier the identity: the output is the weights themselves
+    pool = models.Pool(3, 3)
+    with torch.no_grad():
+        pool.confidence_scorer.weight.copy_(torch.tensor([[0, LN2, LN3]]))
+        pool.to_logits.weight.copy_(torch.eye(3)), pool.to_logits.bias.zero_()
+    x = torch.eye(3)[None]
+    assert torch.allclose(pool.eval()(x), torch.tensor([[1 / 6, 2 / 6, 3 / 6]]))
+    torch.manual_seed(0)
+    winners = pool.train()(x.expand(20_000, 3, 3)).argmax(1).bincount() / 20_000  # Gumbel-max: ~ softmax(confidence)
+    assert torch.allclose(winners, torch.tensor([1 / 6, 2 / 6, 3 / 6]), atol=0.015)  # 4 standard deviations
+
+
+def test_code_jitter_is_at_most_5_percent():
+    codes = torch.randn(100, 100)
+    share = (models.jitter(codes, training=True) - codes) / codes
+    assert share.abs().max() <= 0.05 + 1e-5 and share.min() < -0.049 and share.max() > 0.049
+    assert abs(share.mean()) < 0.001
+    assert models.jitter(codes, training=False) is codes
+
+
+def test_code_jitter_is_one_draw_a_batch():
+    torch.manual_seed(0)
+    p = models.Propagator(width=8, code_width=8, heads=2, head_width=4, ffn_ratio=1).train()
+    x, codes = torch.randn(1, 5, 8).expand(4, -1, -1), torch.randn(5, 8)
+    first, second = p(x, x, codes, codes), p(x, x, codes, codes)
+    assert torch.allclose(first, first[:1].expand(4, -1, -1), atol=1e-6)  # the same for every sample …
+    assert (first - second).abs().max() > 1e-4  # … and another one for the next batch
+
+
+# s_0 = (1, 0) against (2, 0), (.6, .8), (0, 3): cos 1, .6, 0, so δ = 0, .4, 1, whatever their lengths
+RECEIVER, SENDERS = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.6, 0.8], [0.0, 3.0]])
+
+
+def test_log_kernel_by_hand():
+    delta, beta = models.distance(RECEIVER, SENDERS), torch.tensor(2.0)
+    assert torch.allclose(delta, torch.tensor([[0, 0.4, 1]]), atol=1e-6)
+    # log K = −δ/2: 0, −.2, and −∞ since 1 > .9
+    assert torch.allclose(models.log_kernel(delta, beta), torch.tensor([[0, -0.2, -math.inf]]), atol=1e-6)
+    assert torch.allclose(models.log_kernel(delta, beta, truncate=False), torch.tensor([[0, -0.2, -0.5]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("sample", [0, 7])
+def test_no_gradient_through_truncated_pairs(sample):
+    delta = torch.tensor([[0.1, 0.89, 0.91, 1.5]], requires_grad=True)
+    beta = torch.tensor(1.0, requires_grad=True)
+    weights = (models.log_kernel(delta, beta, sample=sample) + torch.zeros(4)).softmax(-1)
+    (weights * torch.arange(4.0)).sum().backward()
+    assert (delta.grad[0, :2] != 0).all() and (delta.grad[0, 2:] == 0).all() and beta.grad.isfinite()
+
+
+def test_gradient_arrives_at_signatures_and_bandwidths():
+    torch.manual_seed(0)
+    for training in (False, True):
+        model = shake(models.NAC(**SMALL)).train(training)
+        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        for latents in (model.input_latents, model.mediator_latents, model.output_latents):
+            assert latents.signatures.grad.norm() > 0
+        for block in (*model.propagators, model.read_out):
+            assert block.attention.bandwidth.grad.abs() > 0
+
+
+def test_sampled_kernel_is_a_relaxed_bernoulli():
+    torch.manual_seed(0)
+    delta = torch.tensor([[0.02, 0.3, 0.5, 0.89]])
+    K, n = torch.exp(-delta[0]), 40_000
+    sample = models.log_kernel(delta, torch.tensor(1.0), sample=n).exp()[:, 0]  # n 4
+    for x in (0.5, 0.9, 0.1):
+        # P(sigmoid((logit K + ℓ)/½) > x) = P(ℓ > ½ logit x − logit K) = sigmoid(logit K − ½ logit x); K at x = ½
+        p = torch.sigmoid(torch.logit(K) - 0.5 * math.log(x / (1 - x)))
+        assert ((sample > x).float().mean(0) - p).abs().max() < 4 * 0.5 / math.sqrt(n)
+
+
+def test_a_truncated_pair_is_sampled_at_about_minus_32():
+    torch.manual_seed(0)
+    logs = models.log_kernel(torch.tensor([[1.0, -1e-7]]), torch.tensor(1.0), sample=10_000)[:, 0]
+    # K is clamped to ε = 1.19e-7: logit ε = −15.94, over ½ = −31.9 in the median; δ_uu < 0 is clamped to 1 − ε
+    assert abs(logs[:, 0].median() + 31.9) < 0.3 and logs.isfinite().all()
+    assert logs[:, 1].min() > -1e-3
+
+
+@pytest.mark.parametrize("size, millions", [
+    (dict(image_size=64, width=384, heads=6, latents=(64, 256, 64), classes=200), 26.7),
+    (dict(image_size=224, width=512, heads=8, latents=(192, 768, 64), classes=1000, ffn_ratio=1.0), 37.6)])
+def test_nac_parameter_counts(size, millions):
+    with torch.device("meta"):
+        model = models.NAC(head_width=64, propagators=8, **size)
+    assert abs(models.count(model) / 1e6 - millions) < 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Graph priors and regularisers
+
+
+def components(linked):
+    """Number of connected components of a graph."""
+    reach = linked | np.eye(len(linked), dtype=bool)
+    for _ in range(int(np.log2(len(linked))) + 1):
+        reach = (reach.astype(np.float32) @ reach) > 0
+    return len(np.unique(reach, axis=0))
+
+
+@pytest.mark.parametrize("kind", ["scale_free", "planted_partition", "ring_of_cliques", "erdos_renyi"])
+def test_graphs_are_undirected_and_without_loops(kind):
+    for n in (16, 37):
+        linked = models.random_graph(kind, n, np.random.default_rng(0), groups=4)
+        assert linked.dtype == bool and (linked == linked.T).all() and not linked.diagonal().any()
+
+
+def test_scale_free_graph():
+    n, m = 300, 2
+    degrees = []
+    for seed in range(5):
+        linked = models.random_graph("scale_free", n, np.random.default_rng(seed), m=m)
+        assert linked.sum() == 2 * m * (n - m) and components(linked) == 1  # each of n − m newcomers brings m links
+        assert linked[m:].sum(1).min() >= m
+        degrees.append(linked.sum(1))
+    # hubs: the largest degree grows as m·√n = 35; at the same density an unattached graph has about 12
+    assert np.mean([d.max() for d in degrees]) > 22
+    # preferential: early nodes have more links than late ones, ∝ 1/√age
+    assert np.mean([d[:20].mean() for d in degrees]) > 3 * np.mean([d[-150:].mean() for d in degrees])
+
+
+def test_planted_partition_has_its_densities():
+    n, groups = 256, 8
+    linked = models.random_graph("planted_partition", n, np.random.default_rng(0), groups=groups)
+    group = np.arange(n) // 32
+    upper = np.triu(np.ones((n, n), bool), 1)
+    within = linked[upper & (group[:, None] == group)]
+    across = linked[upper & (group[:, None] != group)]
+    assert len(within) == 8 * 32 * 31 / 2
+    for pairs, p in ((within, 0.9), (across, 0.2)):
+        assert abs(pairs.mean() - p) < 4 * math.sqrt(p * (1 - p) / len(pairs))
+
+
+def test_ring_of_cliques():
+    linked = models.random_graph("ring_of_cliques", 256, np.random.default_rng(0), groups=8)
+    group = np.arange(256) // 32
+    within = linked & (group[:, None] == group)
+    assert within.sum() == 8 * 32 * 31 and components(within) == 8
+    across = np.argwhere(np.triu(linked & ~within))  # one edge between neighbours: 8, which close the ring
+    assert sorted((group[a], group[b]) for a, b in across) == [(0, 1), (0, 7)] + [(k, k + 1) for k in range(1, 7)]
+    assert components(linked) == 1 and sorted(linked.sum(1)) == [31] * 240 + [32] * 16
+
+
+def test_erdos_renyi_has_its_density():
+    pairs = 300 * 299 / 2
+    linked = models.random_graph("erdos_renyi", 300, np.random.default_rng(0), p=0.1)
+    assert abs(linked.sum() / 2 / pairs - 0.1) < 4 * math.sqrt(0.09 / pairs)
+
+
+@pytest.mark.parametrize("kind, n", [("scale_free", 32), ("ring_of_cliques", 64), ("erdos_renyi", 24)])
+def test_fitted_signatures_link_the_graph_s_pairs_only(kind, n):
+    torch.manual_seed(0)
+    linked = models.random_graph(kind, n, np.random.default_rng(0), groups=8)
+    signatures = torch.empty(n, 64)
+    near, far = models.fit_signatures(signatures, linked)
+    delta = models.distance(signatures, signatures)
+    linked, pair = torch.from_numpy(linked), ~torch.eye(n, dtype=torch.bool)
+    assert near == (delta[linked] <= 0.9).float().mean() and far == (delta[~linked & pair] > 0.9).float().mean()
+    assert near >= 0.99 and far >= 0.99
+
+
+def test_hinge_repulsion_by_hand():
+    nac = models.NAC(**{**SMALL, "latents": (1, 2, 1), "signature_width": 2})
+    # unit vectors at 0°, 45°, 90° and 45°: δ = 1 − cos 45° = .2929 for 0–1, 0–3, 1–2, 2–3; 0 for 1–3; 1 for 0–2
+    for latents, degrees in ((nac.input_latents, [0]), (nac.mediator_latents, [45, 90]), (nac.output_latents, [45])):
+        angle = torch.tensor(degrees) * math.pi / 180
+        latents.signatures.data = torch.stack([angle.cos(), angle.sin()], 1)
+    assert abs(models.hinge_repulsion(nac) + 4 * 0.2929) < 1e-3
+    assert abs(models.hinge_repulsion(nac, threshold=0.2)) < 1e-6
+
+
+def best_by_brute_force(cost, capacity):
+    places = np.repeat(np.arange(len(capacity)), capacity)
+    return min(cost[range(len(cost)), list(p)].sum() for p in set(itertools.permutations(places)))
+
+
+@pytest.mark.parametrize("capacity", [(2, 2, 2), (3, 3), (4, 1, 2), (1, 1, 1, 1, 1)])
+def test_match_rows_is_the_best_assignment(capacity):
+    rng, capacity = np.random.default_rng(0), np.array(capacity)
+    for trial in range(20):
+        cost = rng.normal(size=(capacity.sum(), len(capacity))).round(1 if trial % 2 else 9)  # also with ties
+        group = models.match_rows(torch.from_numpy(cost), capacity).numpy()
+        assert (np.bincount(group, minlength=len(capacity)) == capacity).all()
+        assert abs(cost[range(len(cost)), group].sum() - best_by_brute_force(cost, capacity)) < 1e-9
+
+
+@pytest.mark.parametrize("n, G", [(256, 8), (768, 8), (250, 7)])
+def test_match_rows_is_the_best_assignment_at_full_size(n, G):
+    # A transport plan is optimal if and only if no cycle of moves group -> group -> … -> same group lowers its cost.
+    rng = np.random.default_rng(0)
+    cost = rng.normal(size=(n, G)) + 2 * rng.normal(size=G)
+    capacity = np.bincount(np.arange(n) * G // n)
+    group = models.match_rows(torch.from_numpy(cost), capacity).numpy()
+    assert (np.bincount(group) == capacity).all()
+    move = np.array([(cost[group == a] - cost[group == a, a, None]).min(0) for a in range(G)])  # cheapest row of a to b
+    for k in range(G):  # Floyd–Warshall
+        move = np.minimum(move, move[:, k, None] + move[k])
+    assert move.diagonal().min() > -1e-9
+
+
+def test_block_model_by_hand():
+    nac = models.NAC(**{**SMALL, "latents": (1, 6, 1), "signature_width": 2})
+    # mediators A B B B A A with A ⟂ B: K = 1 within a kind (δ = 0), 0 across (δ = 1 is truncated)
+    nac.mediator_latents.signatures.data = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1], [1, 0], [1, 0]])
+    # P's two rows: g0 = (.9 .9 .9 .2 .2 .2), g1 = (.2 .2 .2 .9 .9 .9). Squared distances
+    #   A = (1 0 0 0 1 1) to g0: .01 + .81 + .81 + .04 + .64 + .64 = 2.95, to g1: .64 + .04 + .04 + .81 + .01 + .01 = 1.55
+    #   B = (0 1 1 1 0 0) to g0: 1.55, to g1: 2.95.   So A -> g1, B -> g0: 6 · 1.55 / 36 a propagator, of which there are 2
+    assert abs(models.block_model(nac, groups=2) - 2 * 6 * 1.55 / 36) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# V-MoE
+
+
+def mixture(routing, width=12, experts=4, **options):
+    """A mixture and tokens (3×8) that its router spreads evenly, unevenly, or sends to experts 0 and 1 only."""
+    torch.manual_seed(0)
+    moe = models.MoE(width, 20, experts, **options)
+    shake(moe.apply(lambda m: models.init_linear(m, 0.3)))
+    x = torch.randn(3, 8, width)
+    with torch.no_grad():
+        if routing == "balanced":  # token t's largest entries are t and t+1 (mod E), and the router reads them off
+            moe.router.weight.copy_(torch.eye(experts, width)), moe.router.bias.zero_()
+            x.view(24, width)[:, :experts] = (2 * torch.eye(experts) + torch.eye(experts).roll(1, 1)).repeat(6, 1)
+        if routing == "collapsed":
+            moe.router.bias.copy_(torch.tensor([100.0, 99, 0, 0]))
+        if routing == "without expert 2":
+            moe.router.bias[2] = -100
+    return moe, x
+
+
+@pytest.mark.parametrize("routing, load", [("balanced", [0.25] * 4), ("uneven", None), ("without expert 2", None),
+                                           ("collapsed", [0.5, 0.5, 0, 0])])
+def test_moe_is_the_literal_mixture(routing, load):
+    for dtype, tolerance, gradient_tolerance in ((torch.float32, 1e-5, 1e-4), (torch.float64, 1e-9, 1e-9)):
+        moe, x = mixture(routing)
+        moe, x = moe.to(dtype), x.to(dtype)
+        compare(moe, moe, lambda x: literal.moe(moe, x), x, tolerance, gradient_tolerance)
+        assert abs(moe.load.sum() - 1) < 1e-6
+        if load:
+            assert torch.allclose(moe.load, torch.tensor(load))
+        if routing == "without expert 2":
+            assert moe.load[2] == 0 and (moe.fc1_weight.grad[2] == 0).all() and moe.load[0] > 0
+
+
+def test_moe_with_one_expert_is_an_mlp():
+    moe, x = mixture("uneven", experts=1, top_k=1)
+    mlp = models.Mlp(12, 20)
+    mlp.load_state_dict({name: getattr(moe, name.replace(".", "_"))[0] for name in mlp.state_dict()})
+    assert torch.allclose(moe(x), mlp(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("routing", ["balanced", "uneven", "collapsed"])
+def test_moe_capacity_is_the_literal_one(routing):
+    moe, x = mixture(routing, capacity=0.7)
+    assert (moe(x) != moe.eval()(x)).any() and moe.train()
+    compare(moe, moe, lambda x: literal.moe(moe, x), x, 1e-5, 1e-4)
+
+
+def test_moe_capacity_by_hand():
+    moe, x = mixture("collapsed", capacity=1.0, top_k=1)
+    # 24 tokens over 4 experts: ⌈1.0 · 1 · 24 / 4⌉ = 6 places each, all 24 want expert 0: the first 6 are served
+    whole = moe.eval()(x).flatten(0, 1)
+    served = moe.train()(x).flatten(0, 1)
+    assert torch.allclose(served[:6], whole[:6], atol=1e-6) and (served[6:] == 0).all() and (whole != 0).all()
+
+
+def test_balance_loss_by_hand():
+    moe = models.MoE(4, 4, experts=2, top_k=1, balance=0.1)
+    # importance = softmax(ln 3, 0) = (.75, .25): var/mean² = .0625/.25 = .25
+    # load = Φ((ln 3 − ln 3)·2), Φ((0 − ln 3)·2) = .5, .014003: mean .257001, half the difference .242999: var/mean² = .894006
+    loss = moe.auxiliary_loss(torch.tensor([[LN3, 0.0]]), torch.tensor([[LN3]]))
+    assert abs(loss - 0.1 * 0.5 * (0.25 + 0.894006)) < 1e-5
+
+
+def test_balance_loss_is_finite_at_perfect_balance():
+    moe = models.MoE(4, 4, experts=4, balance=0.1)
+    logits = torch.zeros(6, 4, requires_grad=True)
+    loss = moe.auxiliary_loss(logits, torch.zeros(6, 1))
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
+
+
+def test_balance_loss_is_off_by_default_and_in_evaluation():
+    vit = dict(image_size=8, patch=4, width=8, heads=2, depths=[1, 1], classes=3)
+    images = torch.randn(2, 3, 8, 8)
+    model = models.ViT(**vit, moe=dict(experts=4))
+    assert model(images) is not None and models.balance_loss(model) == 0
+    model = models.ViT(**vit, moe=dict(experts=4, balance=0.1))
+    assert not torch.equal(model(images), model(images))  # router noise
+    loss = models.balance_loss(model)
+    loss.backward()
+    assert loss > 0 and model.blocks[0].moe.router.weight.grad.norm() > 0
+    assert torch.equal(model.eval()(images), model(images))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# ViT, modules and stitches
+
+
+@pytest.mark.parametrize("arch, parameters", [("vit_tiny", 5_717_416), ("vit_base", 86_567_656),
+                                              ("vit_large", 304_326_632)])
+def test_vit_has_deit_s_parameter_count(arch, parameters):
+    patch, width, heads, depth = models.ARCHITECTURES[arch]
+    with torch.device("meta"):
+        model = models.ViT(224, patch, width, heads, [depth // 4] * 4, classes=1000)
+    assert models.count(model) == parameters
+
+
+@pytest.mark.parametrize("moe", [None, dict(experts=4)])
+def test_modules_composed_are_the_whole(moe):
+    torch.manual_seed(0)
+    model = models.ViT(16, 4, width=8, heads=2, depths=[1, 2, 1], classes=3, moe=moe, moe_blocks=[1, 3]).eval()
+    images, logits = torch.randn(2, 3, 16, 16), None
+    logits = model(images)
+    x = images
+    for part in model.parts:
+        x = part(x)
+    assert torch.equal(x, logits) and x.shape == (2, 3)
+    hidden = model.hidden_states(images)
+    assert hidden[0] is images and len(hidden) == 3 and all(h.shape == (2, 17, 8) for h in hidden[1:])
+    for i, h in enumerate(hidden):
+        assert torch.equal(model.rest(i, h), logits)
+    # the modules share the whole model's parameters, all of them and no others
+    own = {id(p) for p in model.parameters()}
+    assert own == {id(p) for part in model.parts for p in part.parameters()}
+
+
+def test_a_kept_stitch_stands_between_modules():
+    torch.manual_seed(0)
+    model = models.ViT(16, 4, width=8, heads=2, depths=[1, 1, 1], classes=3).eval()
+    images = torch.randn(2, 3, 16, 16)
+    model.stitches.extend([nn.Linear(8, 8), nn.Linear(8, 8)])
+    a, b, c = model.parts
+    expected = c(model.stitches[1](b(model.stitches[0](a(images)))))
+    assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("codes", ["own", "original", "fresh"])
+def test_folded_stitches_are_kept_stitches(tmp_path, codes):
+    c = config(tmp_path, f"distill.codes={codes}", "student.propagators=2", "meta.depths=[1,1,1,1]", "meta.width=40",
+               "teacher.width=40", "teacher.depths=[1,1,1,1]", "data.classes=5", "student.width=24")
+    keep, fold = ({**c, "distill": {**c["distill"], "stitches": s}} for s in ("keep", "fold"))
+    kept, folded = (models.build(c, "student").eval() for c in (keep, fold))
+    assert kept.stitches[0].post.weight.shape == (40, 24) and folded.stitches[0].weight.shape == (24, 24)
+    shake(kept)
+    folded.load_state_dict({name: value for name, value in kept.state_dict().items() if "stitches" not in name},
+                           strict=False)
+    modules = models.cut(kept, keep, "student")
+    assert modules[0].post_stitch is kept.stitches[0].post  # training the modules trains the kept stitches
+    models.fold_stitches(folded, modules)
+    images = torch.randn(2, 3, 16, 16)
+    assert error(folded(images), kept(images)) < 1e-5
+    kept.stitches[2].pre.bias.data += 1
+    assert error(folded(images), kept(images)) > 1e-3
+
+
+@pytest.mark.parametrize("kind, codes", [("nac", "own"), ("nac", "original"), ("nac", "fresh"), ("vmoe", "own")])
+def test_a_student_s_modules_fit_the_meta_model(tmp_path, kind, codes):
+    c = config(tmp_path, f"student.kind={kind}", f"distill.codes={codes}", "meta.width=40", "teacher.width=40",
+               "student.experts=4", "student.depths=[2,1,2]")
+    meta, student = models.build(c, "meta"), models.build(c, "student")
+    modules = models.cut(student, c, "student")
+    images = torch.randn(2, 3, 16, 16)
+    for i, (module, h) in enumerate(zip(modules, meta.hidden_states(images))):
+        module.train()
+        logits = meta.rest(i + 1, module(h))
+        assert logits.shape == (2, c["data"]["classes"])
+        logits.sum().backward()
+        for name, p in module.named_parameters():
+            assert (p.grad is not None) == p.requires_grad, name
+        assert torch.equal(module.eval()(h), module(h))
+    assert isinstance(modules[0].pre_stitch, nn.Identity) and isinstance(modules[-1].post_stitch, nn.Identity)
+    # same seed, same weights and stitches
+    again = models.cut(models.build(c, "student"), c, "student")
+    for a, b in zip(modules, again):
+        assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_position_grid_is_resized_and_the_class_token_kept():
+    # a ramp along rows in channel 0 and along columns in channel 1: bicubic interpolation keeps a ramp, off the border
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    grid = torch.stack([rows, columns], -1).view(1, 64, 2)
+    embed = torch.cat([torch.full((1, 1, 2), 7.0), grid], 1)
+    assert torch.equal(models.resize_pos_embed(embed, 65), embed)
+    resized = models.resize_pos_embed(embed, 1 + 256)
+    assert resized.shape == (1, 257, 2) and (resized[:, 0] == 7).all()
+    # pixel i of 16 has its centre at (i + ½)·8/16 − ½ of the old grid
+    place = (torch.arange(16) + 0.5) / 2 - 0.5
+    inner = slice(4, 12)
+    resized = resized[0, 1:].view(16, 16, 2)[inner, inner]
+    assert torch.allclose(resized[..., 0], place[inner, None].expand(8, 8), atol=1e-5)
+    assert torch.allclose(resized[..., 1], place[inner].expand(8, 8), atol=1e-5)
+
+
+def test_drop_path_rises_over_a_vit_s_blocks_and_is_constant_in_a_nac():
+    vit = models.ViT(8, 4, width=8, heads=2, depths=[2, 1], classes=3)
+    models.set_drop_path(vit, 0.2)
+    assert [block.drop_path.rate for block in vit.blocks] == [0, 0.1, 0.2]
+    nac = models.NAC(**SMALL)
+    models.set_drop_path(nac, 0.1)
+    rates = {name: m.rate for name, m in nac.named_modules() if isinstance(m, models.DropPath)}
+    assert all(rate == (0.1 if name.startswith("propagators") else 0) for name, rate in rates.items()) and len(rates) == 6
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop = models.DropPath()
+    drop.rate = 0.25
+    out = drop(torch.ones(20_000, 2, 3))
+    assert set(out.unique().tolist()) == {0, torch.tensor(1 / 0.75).item()}
+    assert (out == out[:, :1, :1]).all() and abs(out.mean() - 1) < 0.02
+    assert (drop.eval()(torch.ones(5, 2, 3)) == 1).all()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Reading weights
+
+
+def small_vit(seed, depths=(1, 2)):
+    torch.manual_seed(seed)
+    return models.ViT(16, 4, width=8, heads=2, depths=list(depths), classes=3)
+
+
+def deep_incubation(state):
+    """`model` with every tensor twice, under blocks.* and again under stages.*, and the modules' own state dicts."""
+    modules = [part.state_dict() for part in small_vit(0).parts]
+    doubles = {f"stages.{i}.{k}": v for i, module in enumerate(modules) for k, v in module.items()}
+    return {"model": {**state, **doubles}, "model_stages": modules, "optimizer": {"state": {}}, "epoch": 3}
+
+
+WRAPPINGS = {
+    "plain": lambda state: state, "model": lambda state: {"model": state}, "ours": lambda s: {"model": s, "settings": "{}"},
+    "parallel": lambda state: {f"module.{k}": v for k, v in state.items()}, "deep incubation": deep_incubation}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_load_weights_reads(tmp_path, wrapping):
+    state, model = small_vit(0).state_dict(), small_vit(1)
+    torch.save(WRAPPINGS[wrapping](state), tmp_path / "w.pt")
+    models.load_weights(model, tmp_path / "w.pt")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_load_weights_resizes_the_position_grid(tmp_path):
+    torch.manual_seed(0)
+    other = models.ViT(32, 4, width=8, heads=2, depths=[1, 2], classes=3)
+    models.save(tmp_path / "w.pt", other.state_dict())
+    model = small_vit(1)
+    models.load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model.pos_embed, models.resize_pos_embed(other.pos_embed, 17))
+
+
+@pytest.mark.parametrize("damage, words", [
+    ("missing", "lacks the tensor blocks.1.mlp.fc1.weight"), ("unexpected", "blocks.7.mlp.fc1.weight"),
+    ("misshaped", "blocks.1.mlp.fc1.weight is (9, 9)"), ("truncated", ""), ("bit flipped", "damaged"),
+    ("empty", ""), ("text", ""), ("not tensors", "no state dict"), ("absent", "cannot be read"), ("code", "safely")])
+def test_load_weights_refuses_and_leaves_the_model_as_it_was(tmp_path, damage, words):
+    state, path = small_vit(0).state_dict(), tmp_path / "w.pt"
+    name, content = "blocks.1.mlp.fc1.weight", {"model": state}
+    if damage == "missing":
+        del state[name]
+    if damage == "unexpected":
+        state["blocks.7.mlp.fc1.weight"] = torch.zeros(2)
+    if damage == "misshaped":
+        state[name] = torch.zeros(9, 9)
+    if damage == "not tensors":
+        content = {"model": {"weight": 3}}
+    if damage == "code":
+        content = {"model": Code(tmp_path / "executed")}
+    torch.save(content, path)
+    whole = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(whole[:-100])
+    if damage == "bit flipped":
+        place = whole.index(state[name].numpy().tobytes()) + 5
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
+    if damage in ("empty", "text"):
+        path.write_text("" if damage == "empty" else "not a checkpoint")
+    if damage == "absent":
+        path.unlink()
+    model, before = small_vit(1), small_vit(1).state_dict()
+    with pytest.raises(ValueError) as refusal:
+        models.load_weights(model, path)
+    assert str(path) in str(refusal.value) and words in str(refusal.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not (tmp_path / "executed").exists()
+
+
+class Code:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path):
+    torch.manual_seed(0)
+    state, path = {"weight": torch.randn(5, 3), "bias": torch.randn(5)}, tmp_path / "w.pt"
+    models.save(path, {"model": state})
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1:])
+        model = nn.Linear(3, 5)
+        try:
+            models.load_weights(model, path)
+        except models.UserError:
+            refused += 1
+        else:
+            assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()), place
+    assert refused > 100
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What the training loops share
+
+
+def test_learning_rate_by_hand():
+    c = dict(lr=1e-3, min_lr=1e-5, scale_min_lr=False, warmup=2, epochs=10)
+    rate = lambda step, c=c: models.learning_rate(step, 5, c, total_batch=1024)  # 5 steps an epoch; peak 1e-3 · 1024/512
+    assert rate(0) == 1e-6
+    assert rate(5) == pytest.approx(1e-6 + (2e-3 - 1e-6) / 2)  # half of the 10 warm-up steps
+    assert rate(10) == pytest.approx(2e-3)
+    assert rate(20) == pytest.approx(1e-5 + 0.5 * (2e-3 - 1e-5) * (1 + math.sqrt(0.5)))  # a quarter of the 40 others: cos 45°
+    assert rate(30) == pytest.approx((2e-3 + 1e-5) / 2)
+    assert rate(50) == pytest.approx(1e-5)
+    scaled = {**c, "scale_min_lr": True}
+    assert rate(50, scaled) == pytest.approx(2e-5) and rate(10, scaled) == pytest.approx(2e-3)
+    assert rate(0, {**c, "warmup": 0}) == pytest.approx(2e-3)
+    assert rate(1, {**c, "warmup": 0.4}) == pytest.approx((1e-6 + 2e-3) / 2)  # warm-up of 2 steps
+
+
+def test_optimizer_does_not_decay_biases_norms_and_embeddings():
+    model = models.ViT(16, 4, width=8, heads=2, depths=[1, 1], classes=3, moe=dict(experts=2))
+    model.head.requires_grad_(False)
+    c = dict(lr=1e-3, weight_decay=0.05, decay_all=False, betas=[0.9, 0.999])
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = {g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in models.optimizer(model, c).param_groups}
+    decayed = {"patch_embed.proj.weight"} | {f"blocks.{k}.{name}" for k in (0, 1) for name in (
+        "attn.qkv.weight", "attn.proj.weight", "moe.router.weight", "moe.fc1_weight", "moe.fc2_weight")}
+    assert groups[0.05] == decayed
+    assert groups[0.0] == set(names.values()) - decayed - {"head.weight", "head.bias"}
+    everything = models.optimizer(model, {**c, "decay_all": True}).param_groups
+    assert [g["weight_decay"] for g in everything] == [0.05] and len(everything[0]["params"]) == len(names) - 2
+
+
+# At τ = 2 the rows are: teacher (¾, ¼), student (½, ½): KL = ¾ ln 1.5 + ¼ ln .5 = .130812
+#                        teacher (½, ½), student (¾, ¼): KL = ½ ln(2/3) + ½ ln 2  = .143841;  sum · τ² = 1.098612
+TEACHER = torch.tensor([[2 * LN3, 0.0], [0.0, 0.0]])
+STUDENT = torch.tensor([[0.0, 0.0], [2 * LN3, 0.0]])
+
+
+@pytest.mark.parametrize("reduction, expected", [("batchmean", 1.098612 / 2), ("mean", 1.098612 / 4)])
+def test_soft_distillation_loss_by_hand(reduction, expected):
+    assert abs(distill_module.kd(STUDENT, TEACHER, 2.0, "soft", reduction) - expected) < 1e-6
+    assert abs(distill_module.kd(TEACHER, TEACHER, 2.0, "soft", reduction)) < 1e-7
+
+
+def test_hard_distillation_loss_by_hand():
+    # teacher's classes 0 and 1; student (½, ½) and, at τ = 1, softmax(2 ln 3, 0) = (.9, .1): (ln 2 + ln 10)/2
+    teacher = torch.tensor([[1.0, 0.0], [0.0, 0.1]])
+    assert abs(distill_module.kd(STUDENT, teacher, 2.0, "hard") - math.log(20) / 2) < 1e-6
+
+
+def test_soft_target_cross_entropy_by_hand():
+    # p = (¼, ¾) and (½, ½): −.2 ln .25 − .8 ln .75 = .507405, −ln .5 = .693147; mean .600276
+    logits, targets = torch.tensor([[0, LN3], [1, 1]]), torch.tensor([[0.2, 0.8], [0.0, 1.0]])
+    assert abs(distill_module.soft_target_ce(logits, targets) - 0.600276) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["kd", "soft_target_ce"])
+def test_both_training_scripts_hold_the_same_losses(name):
+    assert inspect.getsource(getattr(finetune, name)) == inspect.getsource(getattr(distill_module, name))
+
+
+@pytest.mark.parametrize("alpha, same", [(1, True), (0.5, False)])
+def test_distillation_with_alpha_1_does_not_depend_on_labels(tmp_path, monkeypatch, alpha, same):
+    weights = []
+    for labels in ("true", "false"):
+        folder = tmp_path / labels
+        folder.mkdir()
+        settings = [f"distill.alpha={alpha}", "data.train_images=8", "data.validation_images=4", "data.image_size=8",
+                    "meta.patch=4", "teacher.patch=4", "train.distill.epochs=1", "train.distill.batch=4",
+                    *(f"{role}.checkpoint={folder / role}.pt" for role in ("meta", "teacher"))]
+        c = config(folder, *settings)
+        for role in ("meta", "teacher"):
+            models.save(folder / f"{role}.pt", models.build(c, role).state_dict())
+        batches = distill_module.data.train_batches
+        if labels == "false":
+            monkeypatch.setattr(distill_module.data, "train_batches", lambda *a, **k: (
+                (images, targets.roll(1, dims=1)) for images, targets in batches(*a, **k)))
+        monkeypatch.setattr(sys, "argv", ["distill_module.py", "--config", str(folder / "c.yaml"), *settings,
+                                          f"output_dir={folder / 'run'}", "device=cpu"])
+        distill_module.main()
+        weights.append([models.read(folder / f"run/student_modules/{i}.pt")["model"] for i in range(3)])
+        monkeypatch.undo()
+    equal = all(torch.equal(a[name], b[name]) for a, b in zip(*weights) for name in a)
+    assert equal == same
