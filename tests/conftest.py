@@ -6,7 +6,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # at the tests' sizes a second thread costs more than it gives
 
 
 def pytest_configure(config):

@@ -36,7 +36,7 @@ def mod_fc(m, x, c):
 def drop_path(m, x):
     if not m.training or m.rate == 0:
         return x
-    return x * (torch.rand(len(x), 1, 1) >= m.rate) / (1 - m.rate)
+    return x * (torch.rand(len(x), 1, 1, device=x.device) >= m.rate) / (1 - m.rate)
 
 
 def mod_ffn(m, x, c):
@@ -74,7 +74,7 @@ def seeder(m, codes, batch):
     c = layer_norm(m.norm, jitter(codes, m.training))
     mu = einsum("dc,uc->ud", m.mu.weight, c) + m.mu.bias
     logvar = einsum("dc,uc->ud", m.logvar.weight, c) + m.logvar.bias
-    noise = torch.randn(batch, *mu.shape, dtype=mu.dtype) if m.training else mu.new_zeros(batch, 1, 1)
+    noise = torch.randn(batch, *mu.shape, dtype=mu.dtype, device=mu.device) if m.training else mu.new_zeros(batch, 1, 1)
     return mu + noise * torch.exp(0.5 * logvar)
 
 
@@ -102,7 +102,7 @@ def kernel(signatures_u, signatures_v, bandwidth, truncate=True):
 def sampled_log_kernel(K, batch):
     """log of a relaxed Bernoulli: log sigmoid((logit K + ℓ)/.5), ℓ logistic noise. U V -> B U V."""
     eps = torch.finfo(torch.float32).eps
-    K, u = K.clamp(eps, 1 - eps), torch.rand(batch, *K.shape).clamp(eps, 1 - eps)
+    K, u = K.clamp(eps, 1 - eps), torch.rand(batch, *K.shape, device=K.device).clamp(eps, 1 - eps)
     return torch.log(torch.sigmoid((torch.log(K / (1 - K)) + torch.log(u / (1 - u))) / 0.5))
 
 

@@ -257,16 +257,19 @@ def test_erdos_renyi_has_its_density():
     assert abs(linked.sum() / 2 / pairs - 0.1) < 4 * math.sqrt(0.09 / pairs)
 
 
-@pytest.mark.parametrize("kind, n", [("scale_free", 32), ("ring_of_cliques", 64), ("erdos_renyi", 24)])
-def test_fitted_signatures_link_the_graph_s_pairs_only(kind, n):
+@pytest.mark.parametrize("kind, n, separable", [("planted_partition", 20, True), ("ring_of_cliques", 64, True),
+                                                ("erdos_renyi", 24, True), ("scale_free", 24, False)])
+def test_fitted_signatures_link_the_graph_s_pairs_only(kind, n, separable):
     torch.manual_seed(0)
-    linked = models.random_graph(kind, n, np.random.default_rng(0), groups=8)
+    linked = models.random_graph(kind, n, np.random.default_rng(0), groups=8 if n == 64 else 4, p_out=0.05)
     signatures = torch.empty(n, 64)
     near, far = models.fit_signatures(signatures, linked)
     delta = models.distance(signatures, signatures)
-    linked, pair = torch.from_numpy(linked), ~torch.eye(n, dtype=torch.bool)
-    assert near == (delta[linked] <= 0.9).float().mean() and far == (delta[~linked & pair] > 0.9).float().mean()
-    assert near >= 0.99 and far >= 0.99
+    linked, unlinked = torch.from_numpy(linked), torch.from_numpy(~linked & ~np.eye(n, dtype=bool))
+    assert near == (delta[linked] <= 0.9).float().mean() and far == (delta[unlinked] > 0.9).float().mean()
+    # the fit's own threshold is .8 on both sides, so pairs with many common neighbours may stop short of .9
+    assert (delta[linked] < 0.81).float().mean() >= 0.99 and (delta[unlinked] > 0.79).float().mean() >= 0.99
+    assert near >= 0.99 and far >= (0.99 if separable else 0.9)
 
 
 def test_hinge_repulsion_by_hand():
@@ -369,6 +372,7 @@ def test_moe_capacity_is_the_literal_one(routing):
 
 def test_moe_capacity_by_hand():
     moe, x = mixture("collapsed", capacity=1.0, top_k=1)
+    moe.router.bias.data[0] = 200
     # 24 tokens over 4 experts: ⌈1.0 · 1 · 24 / 4⌉ = 6 places each, all 24 want expert 0: the first 6 are served
     whole = moe.eval()(x).flatten(0, 1)
     served = moe.train()(x).flatten(0, 1)
@@ -461,7 +465,7 @@ def test_folded_stitches_are_kept_stitches(tmp_path, codes):
     models.fold_stitches(folded, modules)
     images = torch.randn(2, 3, 16, 16)
     assert error(folded(images), kept(images)) < 1e-5
-    kept.stitches[2].pre.bias.data += 1
+    kept.stitches[2].pre.bias.data[0] += 5
     assert error(folded(images), kept(images)) > 1e-3
 
 
@@ -471,16 +475,20 @@ def test_a_student_s_modules_fit_the_meta_model(tmp_path, kind, codes):
                "student.experts=4", "student.depths=[2,1,2]")
     meta, student = models.build(c, "meta"), models.build(c, "student")
     modules = models.cut(student, c, "student")
-    images = torch.randn(2, 3, 16, 16)
-    for i, (module, h) in enumerate(zip(modules, meta.hidden_states(images))):
-        module.train()
+    with torch.no_grad():
+        hidden = meta.hidden_states(torch.randn(2, 3, 16, 16))
+    for i, (module, h) in enumerate(zip(modules, hidden)):
+        module.train().zero_grad()
         logits = meta.rest(i + 1, module(h))
         assert logits.shape == (2, c["data"]["classes"])
         logits.sum().backward()
-        for name, p in module.named_parameters():
+        for name, p in module.named_parameters():  # all that train are used: data parallel training insists on it
             assert (p.grad is not None) == p.requires_grad, name
         assert torch.equal(module.eval()(h), module(h))
     assert isinstance(modules[0].pre_stitch, nn.Identity) and isinstance(modules[-1].post_stitch, nn.Identity)
+    # no two modules train the same tensor: each learns the same alone as with all others
+    trained = [id(p) for module in modules for p in module.parameters() if p.requires_grad]
+    assert len(trained) == len(set(trained))
     # same seed, same weights and stitches
     again = models.cut(models.build(c, "student"), c, "student")
     for a, b in zip(modules, again):
@@ -488,19 +496,19 @@ def test_a_student_s_modules_fit_the_meta_model(tmp_path, kind, codes):
 
 
 def test_position_grid_is_resized_and_the_class_token_kept():
-    # a ramp along rows in channel 0 and along columns in channel 1: bicubic interpolation keeps a ramp, off the border
+    # a ramp along rows in channel 0 and along columns in channel 1
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
     grid = torch.stack([rows, columns], -1).view(1, 64, 2)
     embed = torch.cat([torch.full((1, 1, 2), 7.0), grid], 1)
     assert torch.equal(models.resize_pos_embed(embed, 65), embed)
     resized = models.resize_pos_embed(embed, 1 + 256)
     assert resized.shape == (1, 257, 2) and (resized[:, 0] == 7).all()
-    # pixel i of 16 has its centre at (i + ½)·8/16 − ½ of the old grid
-    place = (torch.arange(16) + 0.5) / 2 - 0.5
-    inner = slice(4, 12)
-    resized = resized[0, 1:].view(16, 16, 2)[inner, inner]
-    assert torch.allclose(resized[..., 0], place[inner, None].expand(8, 8), atol=1e-5)
-    assert torch.allclose(resized[..., 1], place[inner].expand(8, 8), atol=1e-5)
+    # Pixel i of 16 has its centre at (i + ½)·8/16 − ½ of the old grid: 1¾, 2¼, 2¾ … for i = 4, 5, 6 … A quarter past a
+    # pixel the cubic (a = −¾) weighs the four neighbours (−27, 225, 67, −9)/256: a ramp reads (27 + 67 − 2·9)/256 = .296875
+    expected = torch.tensor([whole + part for whole in range(1, 6) for part in (0.296875, 0.703125)])[1:9]
+    resized = resized[0, 1:].view(16, 16, 2)[4:12, 4:12]
+    assert torch.allclose(resized[..., 0], expected[:, None].expand(8, 8), atol=1e-5)
+    assert torch.allclose(resized[..., 1], expected.expand(8, 8), atol=1e-5)
 
 
 def test_drop_path_rises_over_a_vit_s_blocks_and_is_constant_in_a_nac():

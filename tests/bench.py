@@ -1,0 +1,293 @@
+"""How fast models.py and data.py are, beside the literal definitions of literal.py: prints one table.
+
+    python tests/bench.py                 all rows (some minutes on two cores)
+    python tests/bench.py read-in moe     only the rows whose names hold one of the words
+
+Forward + backward; the sides of a row run by turns in one process, the medians are compared. `ratio` is the left time
+over the right one (for images/s, right over left): above 1, ours is faster. Memory is the peak of what tensors take
+during one step, beyond weights and inputs, from the allocator's own events (torch's profiler, or CUDA's counters): unlike
+the process's resident size it does not depend on what the C library keeps back. It leaves out the BLAS's scratch space.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# glibc hands every large tensor back to the system and faults it in again; with these it keeps them (up to 2x on CPU)
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000",
+             "MALLOC_TOP_PAD_": "67108864"}
+if __name__ == "__main__" and not ALLOCATOR.items() <= os.environ.items():
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data
+import literal
+import models
+from distill_module import kd, soft_target_ce
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+LARGER = 8 if CUDA else 1  # a GPU needs more images at a time to be kept busy
+SIZES = {"ImageNet": (dict(image_size=224, width=512, heads=8, latents=(192, 768, 64), classes=1000, ffn_ratio=1.0), 2),
+         "Tiny": (dict(image_size=64, width=384, heads=6, latents=(64, 256, 64), classes=200, ffn_ratio=2.0), 8)}
+
+
+def nac(size):
+    options, batch = SIZES[size]
+    torch.manual_seed(0)
+    model = models.NAC(head_width=64, propagators=8, **options).to(DEVICE).train()
+    models.set_drop_path(model, 0.1)
+    images = torch.randn(batch * LARGER, 3, options["image_size"], options["image_size"], device=DEVICE)
+    labels = torch.randint(options["classes"], (len(images),), device=DEVICE)
+    return model, images, labels
+
+
+def seconds(function):
+    if CUDA:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def medians(functions, repeats):
+    """Median seconds of each, run by turns after one warm-up."""
+    times = [[seconds(f) for f in functions] for _ in range(repeats + 1)][1:]
+    return [statistics.median(column) for column in zip(*times)]
+
+
+def peak_memory(function):
+    """Largest sum of live tensors that a function allocates, in bytes."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]))
+
+
+def step(model, forward, *inputs, labels=None, bf16=False):
+    """A function that does one forward and backward pass."""
+    def run():
+        model.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            out = forward(*inputs)
+            loss = out.sum() if labels is None else F.cross_entropy(out, labels)
+        loss.backward()
+    return run
+
+
+def row(what, left, right, goal, repeats=5):
+    """One line of times: literal, ours, ratio, and the memory of both."""
+    memory = []
+    for function in (left, right):
+        function()  # so that gradients exist and caches are filled
+        memory.append(peak_memory(function))
+    a, b = medians([left, right], repeats)
+    rate = ""
+    if CUDA:
+        with FlopCounterMode(display=False) as counter:
+            right()
+        rate = f" {counter.get_total_flops() / b / 1e12:6.1f} TFLOP/s"
+    print(f"{what:48}{1000 * a:9.1f} ms{1000 * b:9.1f} ms{a / b:8.2f}x{memory[0] / 2**20:9.0f} MB"
+          f"{memory[1] / 2**20:8.0f} MB{memory[0] / memory[1]:7.1f}x  {goal}{rate}", flush=True)
+
+
+def rates(what, ours, goal, left=None):
+    """One line of images/s."""
+    a, ratio = (f"{left:7.0f} im/s", f"{ours / left:8.2f}x") if left else (f"{'-':>12}", f"{'-':>9}")
+    print(f"{what:48}{a:>12}{ours:7.0f} im/s{ratio}{'':30}  {goal}", flush=True)
+
+
+def read_in(size, goal):
+    model, images, _ = nac(size)
+    module, B = model.read_in, len(images)
+    codes, U = model.input_latents.codes, len(model.input_latents.codes)
+    states = torch.randn(B, U, codes.shape[1], device=DEVICE, requires_grad=True)
+    tokens = torch.randn(B, (images.shape[-1] // 8) ** 2, model.tokenizer.width, device=DEVICE, requires_grad=True)
+    row(f"NAC read-in, {size}, batch {B}", step(module, lambda *x: literal.read_in(module, *x), states, tokens, codes),
+        step(module, module, states, tokens, codes), goal)
+
+
+def nac_step(size, goal, bf16=False):
+    model, images, labels = nac(size)
+    left_bf16 = bf16 and CUDA  # on a CPU the literal side stays in float32, on a GPU both sides have the same precision
+    row(f"NAC step, {size}, batch {len(images)}{', bf16' * bf16}",
+        step(model, lambda x: literal.nac(model, x), images, labels=labels, bf16=left_bf16),
+        step(model, model, images, labels=labels, bf16=bf16), goal, repeats=3)
+
+
+class Products(TorchDispatchMode):
+    """Notes every matrix product, convolution and fused attention, with its operands, to do them once more alone."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name.split("::")[1] in self.NAMES or "scaled_dot_product" in function._schema.name:
+            self.calls.append((function, args, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+    @torch.no_grad()
+    def again(self):
+        for function, args, kwargs in self.calls:
+            function(*args, **kwargs)
+
+
+def nac_products(goal):
+    model, images, labels = nac("Tiny")
+    ours = step(model, model, images, labels=labels)
+    with Products() as products, FlopCounterMode(display=False) as counter:
+        ours()
+    row(f"its products alone ({counter.get_total_flops() / 1e9:.0f} GFLOP) | NAC step, Tiny", products.again, ours, goal)
+
+
+def moe(routing, goal):
+    torch.manual_seed(0)
+    layer = models.MoE(768, 3072, 8).to(DEVICE).apply(lambda m: models.init_linear(m, 0.02))
+    dense = models.Mlp(768, 2 * 3072).to(DEVICE)  # top-2 of hidden width 3072: as many multiply-adds
+    if routing == "collapsed":
+        layer.router.bias.data[:2] = 100
+    x = torch.randn(1, 4096 * LARGER, 768, device=DEVICE, requires_grad=True)
+    row(f"dense MLP | MoE layer, {routing} routing", step(dense, dense, x), step(layer, layer, x), goal)
+    print(f"{'':48}experts' load {' '.join(f'{share:.2f}' for share in layer.load.tolist())}")
+
+
+def settings(folder, *overrides):
+    """Config for class folders, with the paper's augmentation."""
+    (Path(folder) / "c.yaml").write_text(
+        "data: {set: folder, classes: 10, resized_crop: [0.08, 1], flip: 0.5, randaugment: 9, erasing: 0.25, "
+        "mixup: 0.8, cutmix: 1.0, smoothing: 0.1, workers: 0}")
+    return models.load_config(Path(folder) / "c.yaml", overrides)
+
+
+def photographs(folder, width, height, count):
+    """An ImageSet of JPEG files: smooth random colours with some grain, about as many bytes as photographs have."""
+    rng, files = np.random.default_rng(0), []
+    for k in range(count):
+        image = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)).resize((width, height))
+        image = np.asarray(image, np.int16) + rng.integers(-12, 13, (height, width, 1))
+        files.append(Path(folder) / f"{k}.jpg")
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(files[-1], quality=85)
+    return data.ImageSet(torch.arange(count) % 10, [str(c) for c in range(10)], files=files)
+
+
+def pipeline(what, size, width, height, count, goal):
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(folder, f"data.image_size={size}", "train.student.batch=32", f"student.patch={size // 8}",
+                          f"meta.patch={size // 8}", f"teacher.patch={size // 8}")
+        imageset, threads = photographs(folder, width, height, count), torch.get_num_threads()
+        torch.set_num_threads(1)
+        read = lambda: [None for _ in data.train_batches(imageset, config, "student", 0, data.Setup(DEVICE, 0, 1))]
+        time_ = medians([read], 3)[0]
+        torch.set_num_threads(threads)
+        rates(f"{what}, one core", count // 32 * 32 / time_, goal)
+
+
+def one_pass(goal):
+    """m2mKD of all modules on one run of the meta model and of the data, against a run for each module."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(folder, "student.kind=vmoe", "data.image_size=64", "train.distill.batch=16", *(
+            f"{role}.{key}" for role in ("meta", "teacher", "student") for key in ("patch=8", "width=192", "heads=3")),
+            "meta.depths=[1,1,1,1]", "teacher.depths=[2,2,2,2]", "student.depths=[1,1,1,1]", "student.experts=4")
+        imageset, setup, L = photographs(folder, 64, 64, 64), data.Setup(DEVICE, 0, 1), 4
+        meta, teacher = (models.build(config, r).to(DEVICE).requires_grad_(False).eval() for r in ("meta", "teacher"))
+        students = [s.train() for s in models.cut(models.build(config, "student").to(DEVICE), config, "student")]
+
+        def batches():
+            return data.train_batches(imageset, config, "distill", 0, setup)
+
+        def hidden_states(images):
+            with torch.no_grad():
+                return meta.hidden_states(images)
+
+        def pair(i, hidden, targets):  # as the loop of distill_module.py
+            logits = meta.rest(i + 1, students[i](hidden[i]))
+            with torch.no_grad():
+                teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i]))
+            (0.5 * soft_target_ce(logits, targets) + 0.5 * kd(logits, teacher_logits)).backward()
+            students[i].zero_grad()
+
+        def train(modules):
+            for images, targets in batches():
+                hidden = hidden_states(images)
+                for i in modules:
+                    pair(i, hidden, targets)
+
+        images, targets = next(batches())
+        hidden, flops = hidden_states(images), []
+        for part in (lambda: hidden_states(images), lambda: [pair(i, hidden, targets) for i in range(L)]):
+            with FlopCounterMode(display=False) as counter:
+                part()
+            flops.append(counter.get_total_flops())
+        apart, together = lambda: [train([i]) for i in range(L)], lambda: train(range(L))
+        read, a, b = medians([lambda: [None for _ in batches()], apart, together], 5)
+        # Counted: reading r and the meta model's f₀ operations are shared, the pairs' f₁ are not. Operations take time at
+        # the one pass's rate:  saving = (L − 1)(r + f₀·t) / (L(r + f₀·t) + f₁·t),  t = (b − r)/(f₀ + f₁)
+        t = (b - read) / sum(flops)
+        predicted = (L - 1) * (read + flops[0] * t) / (L * (read + flops[0] * t) + flops[1] * t)
+        row(f"modules one by one | {L} in one pass", apart, together, goal, repeats=3)
+        print(f"{'':48}saving {100 * (1 - b / a):.1f} %, counting predicts {100 * predicted:.1f} %: "
+              f"{100 * (1 - b / a) / predicted:.0f} % of it")
+
+
+def evaluation(goal):
+    model, images, labels = nac("Tiny")
+    optimizer = models.optimizer(model, dict(lr=1e-4, weight_decay=0.05, decay_all=True, betas=[0.9, 0.999]))
+    forward_backward = step(model.train(), model, images, labels=labels)
+
+    def train():
+        model.train()
+        forward_backward()
+        models.update(model, optimizer, 1e-4, 0)
+
+    @torch.no_grad()
+    def evaluate():
+        model.eval()
+        assert not model(images).requires_grad
+
+    a, b = medians([train, evaluate], 5)
+    rates(f"training | evaluation, NAC Tiny, batch {len(images)}", len(images) / b, goal, len(images) / a)
+
+
+ROWS = {
+    "read-in ImageNet": lambda: read_in("ImageNet", "50x, memory 20x"),
+    "read-in Tiny": lambda: read_in("Tiny", "14x"),
+    "nac ImageNet": lambda: nac_step("ImageNet", "4.5x, memory 3x"),
+    "nac ImageNet bf16": lambda: nac_step("ImageNet", "6.5x", bf16=True),
+    "nac Tiny": lambda: nac_step("Tiny", "1.5x"),
+    "nac Tiny bf16": lambda: nac_step("Tiny", "2.2x", bf16=True),
+    "nac Tiny products": lambda: nac_products("0.8x"),
+    "moe uneven": lambda: moe("untrained", "0.91x"),
+    "moe collapsed": lambda: moe("collapsed", "0.91x"),
+    "one pass": lambda: one_pass("90 % of the predicted saving"),
+    "data Tiny": lambda: pipeline("Tiny-ImageNet, full augmentation", 64, 64, 64, 512, "1500 im/s"),
+    "data ImageNet": lambda: pipeline("224 px from 500x375 JPEG, full augmentation", 224, 500, 375, 96, "150 im/s"),
+    "evaluation": lambda: evaluation("2.5x"),
+}
+
+if __name__ == "__main__":
+    name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {name}")
+    print(f"{'what (left | right)':48}{'literal':>12}{'ours':>12}{'ratio':>9}{'literal':>12}{'ours':>11}{'ratio':>8}  goal")
+    for name, measure in ROWS.items():
+        if len(sys.argv) == 1 or any(word in name for word in sys.argv[1:]):
+            measure()
