@@ -725,13 +725,14 @@ class Stitched(nn.Module):
 class NACModule(nn.Module):
     """Module i of a NAC inside the meta model, sharing the NAC's parameters. B N D (or images) -> B U D (or logits).
 
-    Inside the meta model there are tokens instead of latents. `mode` says whose codes and states are used with them:
-      own       the circuit's own, so that a module is taught just as it will be used: the read-in has its U_in latents,
-                a propagator its mediators (the tokens are their input latents), the read-out its output latents.
-                Mediator codes and seeder, which several modules share, stay as initialised; everything is carried on.
-      original  the paper's code: one fixed random code for all; read-in and read-out have one latent of fixed random
-                state; in a propagator all tokens are receivers and senders. None of it reaches the assembled circuit.
+    Inside the meta model there are tokens instead of latents. `mode` says whose codes and states go with them:
+      own       the circuit's own. The read-in has its U_in latents, the read-out its U_out, states from the seeder; a
+                token stands for a mediator and has its code (tokens beyond U begin again with the first). Mediator
+                codes and seeder, which several modules share, stay as initialised; all of it is carried on.
+      original  the paper's code: one fixed random code for everything; read-in and read-out have one latent, of fixed
+                random state. None of it reaches the assembled circuit.
       fresh     as own, but the codes are drawn anew for each batch (in evaluation: one fixed draw).
+    In each mode all tokens are senders and, in a propagator, receivers; they have no signatures, so there is no kernel.
     """
 
     def __init__(self, nac, i, mode):
@@ -743,44 +744,38 @@ class NACModule(nn.Module):
         elif i == last:
             self.read_out, self.pool, latents = nac.read_out, nac.pool, nac.output_latents
         else:
-            self.propagator, latents = nac.propagators[i - 1], nac.mediator_latents
-        if i:  # tokens have no signatures, so no kernel
+            self.propagator, latents = nac.propagators[i - 1], None
+        if i:
             (self.read_out if i == last else self.propagator).attention.bandwidth.requires_grad_(False)
-        count, code_width = latents.codes.shape
-        if mode == "original":
-            # not in the state dict: like all initial values they are a function of the seed
-            self.register_buffer("codes", torch.randn(1, code_width), persistent=False)
-            self.register_buffer("states", torch.randn(1, 1, nac.seeder.mu.out_features), persistent=False)
-        else:
-            self.seeder = nac.seeder.requires_grad_(False)
-            nac.mediator_latents.requires_grad_(False)
-            self.codes = latents.codes
-            if i:  # codes for the tokens, which stand where the senders of the circuit will be
-                self.sender_codes = nac.mediator_latents.codes if i == last else nac.input_latents.codes
-            if mode == "fresh":
-                self.register_buffer("fixed_codes", torch.randn_like(self.codes), persistent=False)
+        if mode == "own":
+            if latents:
+                self.codes, self.seeder = latents.codes, nac.seeder.requires_grad_(False)
+            if i:
+                self.token_codes = nac.mediator_latents.codes.requires_grad_(False)
+            return
+        # not in the state dict: like all initial values these are a function of the seed
+        shape = nac.mediator_latents.codes.shape
+        self.register_buffer("token_codes", torch.randn(1 if mode == "original" else shape[0], shape[1]), False)
+        if latents:
+            count = 1 if mode == "original" else len(latents.codes)
+            self.register_buffer("codes", torch.randn(count, shape[1]), persistent=False)
+            if mode == "original":
+                self.register_buffer("states", torch.randn(1, 1, nac.seeder.mu.out_features), persistent=False)
+            else:
+                self.seeder = nac.seeder.requires_grad_(False)
 
     def forward(self, x):
-        B = len(x)
-        if self.mode == "original":
-            if self.kind == "propagator":
-                return self.propagator(x, x, self.codes, self.codes)
-            codes, states = self.codes, self.states.expand(B, -1, -1)
-            sender_codes = codes
-        else:
-            codes = self.codes
-            if self.mode == "fresh":
-                codes = torch.randn_like(self.codes) if self.training else self.fixed_codes
-            states = self.seeder(codes, B)  # B U D
+        draw = torch.randn_like if self.mode == "fresh" and self.training else nn.Identity()
+        if self.kind != "read_in":
+            n = torch.arange(x.shape[1], device=x.device)
+            token_codes = draw(self.token_codes)[n % len(self.token_codes)]  # N C
+        if self.kind == "propagator":
+            return self.propagator(x, x, token_codes, token_codes)
+        codes = draw(self.codes)  # U C
+        states = self.states.expand(len(x), -1, -1) if self.mode == "original" else self.seeder(codes, len(x))  # B U D
         if self.kind == "read_in":
             return self.read_in(states, self.tokenizer(x), codes)
-        if self.mode != "original":  # one code a token: the senders' codes, again from the first where tokens are more
-            sender_codes = self.sender_codes[torch.arange(x.shape[1], device=x.device) % len(self.sender_codes)]
-            if self.mode == "fresh" and self.training:
-                sender_codes = torch.randn_like(sender_codes)
-        if self.kind == "propagator":
-            return self.propagator(states, torch.cat([x, states], 1), codes, torch.cat([sender_codes, codes]))
-        return self.pool(self.read_out(states, x, codes, sender_codes))
+        return self.pool(self.read_out(states, x, codes, token_codes))
 
 
 def new_stitches(student, config):
