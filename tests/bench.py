@@ -4,7 +4,7 @@
     python tests/bench.py read-in moe     only the rows whose names hold one of the words
 
 Forward + backward; the sides of a row run by turns in one process, the medians are compared. `ratio` is the left time
-over the right one (for images/s, right over left): above 1, ours is faster. Memory is the peak of what tensors take
+over the right one: above 1, ours is faster. Memory is the peak of what tensors take
 during one step, beyond weights and inputs, from the allocator's own events (torch's profiler, or CUDA's counters): unlike
 the process's resident size it does not depend on what the C library keeps back. It leaves out the BLAS's scratch space.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 # glibc hands every large tensor back to the system and faults it in again; with these it keeps them (up to 2x on CPU)
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000",
-             "MALLOC_TOP_PAD_": "67108864"}
+             "MALLOC_TOP_PAD_": "67108864", "KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 if __name__ == "__main__" and not ALLOCATOR.items() <= os.environ.items():
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
 
@@ -92,36 +92,42 @@ def step(model, forward, *inputs, labels=None, bf16=False):
     return run
 
 
-def row(what, left, right, goal, repeats=5):
+def line(what, left, right, ratio, memory, goal):
+    ratio = f"{ratio:.2f}x" if ratio else ""
+    print(f"{what:54}{left:>11}{right:>11}{ratio:>9} {memory:30}{goal}", flush=True)
+
+
+def row(what, left, right, goal, repeats=3):
     """One line of times: literal, ours, ratio, and the memory of both."""
     memory = []
     for function in (left, right):
-        function()  # so that gradients exist and caches are filled
-        memory.append(peak_memory(function))
+        function()  # so that gradients exist
+        memory.append(peak_memory(function) / 2**20)
     a, b = medians([left, right], repeats)
-    rate = ""
     if CUDA:
         with FlopCounterMode(display=False) as counter:
             right()
-        rate = f" {counter.get_total_flops() / b / 1e12:6.1f} TFLOP/s"
-    print(f"{what:48}{1000 * a:9.1f} ms{1000 * b:9.1f} ms{a / b:8.2f}x{memory[0] / 2**20:9.0f} MB"
-          f"{memory[1] / 2**20:8.0f} MB{memory[0] / memory[1]:7.1f}x  {goal}{rate}", flush=True)
+        goal += f"   ours: {counter.get_total_flops() / b / 1e12:.1f} TFLOP/s"
+    line(what, f"{1000 * a:.1f} ms", f"{1000 * b:.1f} ms", a / b,
+         f"{memory[0]:7.0f} MB {memory[1]:6.0f} MB {memory[0] / memory[1]:5.1f}x", goal)
 
 
-def rates(what, ours, goal, left=None):
-    """One line of images/s."""
-    a, ratio = (f"{left:7.0f} im/s", f"{ours / left:8.2f}x") if left else (f"{'-':>12}", f"{'-':>9}")
-    print(f"{what:48}{a:>12}{ours:7.0f} im/s{ratio}{'':30}  {goal}", flush=True)
+class Nothing(torch.nn.Module):
+    def forward(self, x, codes):
+        return x
 
 
-def read_in(size, goal):
+def read_in(size, goal, ffn=False):
     model, images, _ = nac(size)
-    module, B = model.read_in, len(images)
-    codes, U = model.input_latents.codes, len(model.input_latents.codes)
-    states = torch.randn(B, U, codes.shape[1], device=DEVICE, requires_grad=True)
+    module, B = model.read_in.eval(), len(images)
+    slow = literal.read_in if ffn else literal.read_in_attention
+    if not ffn:
+        module.ffn = Nothing()
+    states = torch.randn(B, *model.input_latents.codes.shape, device=DEVICE, requires_grad=True)
     tokens = torch.randn(B, (images.shape[-1] // 8) ** 2, model.tokenizer.width, device=DEVICE, requires_grad=True)
-    row(f"NAC read-in, {size}, batch {B}", step(module, lambda *x: literal.read_in(module, *x), states, tokens, codes),
-        step(module, module, states, tokens, codes), goal)
+    inputs = states, tokens, model.input_latents.codes
+    row(f"NAC read-in{' and its FFN' * ffn}, {size}, batch {B}", step(module, lambda *x: slow(module, *x), *inputs),
+        step(module, module, *inputs), goal)
 
 
 def nac_step(size, goal, bf16=False):
@@ -129,7 +135,7 @@ def nac_step(size, goal, bf16=False):
     left_bf16 = bf16 and CUDA  # on a CPU the literal side stays in float32, on a GPU both sides have the same precision
     row(f"NAC step, {size}, batch {len(images)}{', bf16' * bf16}",
         step(model, lambda x: literal.nac(model, x), images, labels=labels, bf16=left_bf16),
-        step(model, model, images, labels=labels, bf16=bf16), goal, repeats=3)
+        step(model, model, images, labels=labels, bf16=bf16), goal)
 
 
 class Products(TorchDispatchMode):
@@ -168,7 +174,7 @@ def moe(routing, goal):
         layer.router.bias.data[:2] = 100
     x = torch.randn(1, 4096 * LARGER, 768, device=DEVICE, requires_grad=True)
     row(f"dense MLP | MoE layer, {routing} routing", step(dense, dense, x), step(layer, layer, x), goal)
-    print(f"{'':48}experts' load {' '.join(f'{share:.2f}' for share in layer.load.tolist())}")
+    print(f"{'':54}experts' load {' '.join(f'{share:.2f}' for share in layer.load.tolist())}")
 
 
 def settings(folder, *overrides):
@@ -197,9 +203,12 @@ def pipeline(what, size, width, height, count, goal):
         imageset, threads = photographs(folder, width, height, count), torch.get_num_threads()
         torch.set_num_threads(1)
         read = lambda: [None for _ in data.train_batches(imageset, config, "student", 0, data.Setup(DEVICE, 0, 1))]
-        time_ = medians([read], 3)[0]
+        read()
+        began = time.process_time()  # of this process: other processes on the core do not count
+        read()
+        spent = time.process_time() - began
         torch.set_num_threads(threads)
-        rates(f"{what}, one core", count // 32 * 32 / time_, goal)
+        line(f"{what}, one core", "", f"{count // 32 * 32 / spent:.0f} im/s", None, "", goal)
 
 
 def one_pass(goal):
@@ -212,41 +221,35 @@ def one_pass(goal):
         meta, teacher = (models.build(config, r).to(DEVICE).requires_grad_(False).eval() for r in ("meta", "teacher"))
         students = [s.train() for s in models.cut(models.build(config, "student").to(DEVICE), config, "student")]
 
-        def batches():
-            return data.train_batches(imageset, config, "distill", 0, setup)
+        batches = lambda: data.train_batches(imageset, config, "distill", 0, setup)
+        hidden_states = torch.no_grad()(meta.hidden_states)
 
-        def hidden_states(images):
-            with torch.no_grad():
-                return meta.hidden_states(images)
-
-        def pair(i, hidden, targets):  # as the loop of distill_module.py
-            logits = meta.rest(i + 1, students[i](hidden[i]))
-            with torch.no_grad():
-                teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i]))
-            (0.5 * soft_target_ce(logits, targets) + 0.5 * kd(logits, teacher_logits)).backward()
-            students[i].zero_grad()
+        def pairs(modules, hidden, targets):  # as the loop of distill_module.py
+            for i in modules:
+                logits = meta.rest(i + 1, students[i](hidden[i]))
+                with torch.no_grad():
+                    teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i]))
+                (0.5 * soft_target_ce(logits, targets) + 0.5 * kd(logits, teacher_logits)).backward()
+                students[i].zero_grad()
 
         def train(modules):
             for images, targets in batches():
-                hidden = hidden_states(images)
-                for i in modules:
-                    pair(i, hidden, targets)
+                pairs(modules, hidden_states(images), targets)
 
         images, targets = next(batches())
         hidden, flops = hidden_states(images), []
-        for part in (lambda: hidden_states(images), lambda: [pair(i, hidden, targets) for i in range(L)]):
+        for part in (lambda: hidden_states(images), lambda: pairs(range(L), hidden, targets)):
             with FlopCounterMode(display=False) as counter:
                 part()
             flops.append(counter.get_total_flops())
         apart, together = lambda: [train([i]) for i in range(L)], lambda: train(range(L))
-        read, a, b = medians([lambda: [None for _ in batches()], apart, together], 5)
+        read, a, b = medians([lambda: list(batches()), apart, together], 5)
         # Counted: reading r and the meta model's f₀ operations are shared, the pairs' f₁ are not. Operations take time at
         # the one pass's rate:  saving = (L − 1)(r + f₀·t) / (L(r + f₀·t) + f₁·t),  t = (b − r)/(f₀ + f₁)
         t = (b - read) / sum(flops)
         predicted = (L - 1) * (read + flops[0] * t) / (L * (read + flops[0] * t) + flops[1] * t)
-        row(f"modules one by one | {L} in one pass", apart, together, goal, repeats=3)
-        print(f"{'':48}saving {100 * (1 - b / a):.1f} %, counting predicts {100 * predicted:.1f} %: "
-              f"{100 * (1 - b / a) / predicted:.0f} % of it")
+        line(f"modules one by one | {L} in one pass", f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", a / b, "",
+             f"{goal}: saves {100 * (1 - b / a):.1f} %, predicted {100 * predicted:.1f} %")
 
 
 def evaluation(goal):
@@ -265,12 +268,14 @@ def evaluation(goal):
         assert not model(images).requires_grad
 
     a, b = medians([train, evaluate], 5)
-    rates(f"training | evaluation, NAC Tiny, batch {len(images)}", len(images) / b, goal, len(images) / a)
+    line(f"training | evaluation, NAC Tiny, batch {len(images)}", f"{len(images) / a:.1f} im/s",
+         f"{len(images) / b:.1f} im/s", a / b, "", goal)
 
 
 ROWS = {
     "read-in ImageNet": lambda: read_in("ImageNet", "50x, memory 20x"),
     "read-in Tiny": lambda: read_in("Tiny", "14x"),
+    "read-in FFN Tiny": lambda: read_in("Tiny", "-", ffn=True),
     "nac ImageNet": lambda: nac_step("ImageNet", "4.5x, memory 3x"),
     "nac ImageNet bf16": lambda: nac_step("ImageNet", "6.5x", bf16=True),
     "nac Tiny": lambda: nac_step("Tiny", "1.5x"),
@@ -287,7 +292,7 @@ ROWS = {
 if __name__ == "__main__":
     name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {name}")
-    print(f"{'what (left | right)':48}{'literal':>12}{'ours':>12}{'ratio':>9}{'literal':>12}{'ours':>11}{'ratio':>8}  goal")
+    print(f"{'what (left | right)':54}{'literal':>11}{'ours':>11}{'ratio':>9} {'peak memory of both':30}goal")
     for name, measure in ROWS.items():
         if len(sys.argv) == 1 or any(word in name for word in sys.argv[1:]):
             measure()

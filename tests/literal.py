@@ -79,8 +79,13 @@ def seeder(m, codes, batch):
 
 
 def read_in(m, states, tokens, codes):
+    codes = jitter(codes, m.training)
+    return mod_ffn(m.ffn, read_in_attention(m, states, tokens, codes), codes)
+
+
+def read_in_attention(m, states, tokens, codes):
     """Input latents attend to tokens; keys and values are modulated by the receiver's code. B U D, B V X, U C -> B U D."""
-    att, codes = m.attention, jitter(codes, m.training)
+    att = m.attention
     q = mod_fc(att.query, layer_norm(att.receiver_norm, states), codes)  # B U h·d
     x = layer_norm(att.sender_norm, tokens)[:, :, None]  # B V 1 X
     k = mod_fc(att.key, x, codes)  # k_uv = ModFC(x_v, c_u): B V U h·d
@@ -88,7 +93,7 @@ def read_in(m, states, tokens, codes):
     q, k, v = (t.unflatten(-1, (m.heads, -1)) for t in (q, k, v))
     scores = einsum("buhd,bvuhd->bhuv", q, k) / math.sqrt(q.shape[-1])
     out = einsum("bhuv,bvuhd->buhd", scores.softmax(-1), v).flatten(2)
-    return mod_ffn(m.ffn, states + att.gamma * mod_fc(att.exit, out, codes), codes)
+    return states + att.gamma * mod_fc(att.exit, out, codes)
 
 
 def kernel(signatures_u, signatures_v, bandwidth, truncate=True):

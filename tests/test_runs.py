@@ -5,6 +5,7 @@ some run as a user would start them.
 """
 
 import copy
+import gc
 import json
 import os
 import random
@@ -67,6 +68,7 @@ def write_config(folder, student="vmoe", **changes):
 def start(script, path, *words, before=None, env={}):
     """Starts a script's main() in a fork -> (pid, file of its output). before() runs first, in the fork."""
     out = path.with_name(f"{path.stem}.{env.get('RANK', 0)}.out")
+    gc.freeze()  # or a collection in the fork touches, and so copies, all of this process's memory
     pid = os.fork()
     if pid:
         return pid, out
@@ -137,21 +139,28 @@ def launch(script, path, *words):
 
 
 # the stages that train, each with the students that it depends on
-CASES = [("vmoe", "finetune", "meta"), ("vmoe", "distill_module", "teacher"), ("vmoe", "distill_module", "student"),
-         ("nac", "distill_module", "student"), ("vmoe", "finetune", "student"), ("nac", "finetune", "student")]
+CASES = [("vmoe", "finetune", "meta"), ("vmoe", "distill_module", "student"), ("nac", "distill_module", "student"),
+         ("nac", "finetune", "student"), pytest.param("vmoe", "distill_module", "teacher", marks=pytest.mark.slow),
+         pytest.param("vmoe", "finetune", "student", marks=pytest.mark.slow)]
 every_case = pytest.mark.parametrize("done, script, role", CASES, indirect=["done"])
 vmoe_only = pytest.mark.parametrize("done", ["vmoe"], indirect=True)
 nac_only = pytest.mark.parametrize("done", ["nac"], indirect=True)
 
 
-@pytest.fixture(scope="session", params=["vmoe", "nac"])
+DONE = {}  # student -> its finished run
+
+
+@pytest.fixture(params=["vmoe", "nac"])
 def done(request, tmp_path_factory):
-    """A run with every stage finished -> (path of its config, its folder)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    path = write_config(folder, request.param)
-    for script, role in PIPELINE:
-        run(script, path, f"role={role}")
-    return path, folder / "run"
+    """A run with every stage finished, made once for all tests -> (path of its config, its folder)."""
+    student = request.param
+    if student not in DONE:
+        folder = tmp_path_factory.mktemp(student)
+        path = write_config(folder, student)
+        for script, role in PIPELINE:
+            run(script, path, f"role={role}")
+        DONE[student] = path, folder / "run"
+    return DONE[student]
 
 
 def beside(done, folder, script, role):
@@ -297,7 +306,7 @@ def test_force_repeats_a_finished_stage_to_the_same_bits(done, tmp_path):
 # The method's identities
 
 
-@pytest.mark.parametrize("done, role", [("vmoe", "teacher"), ("vmoe", "student"), ("nac", "student")], indirect=["done"])
+@pytest.mark.parametrize("done, role", [("vmoe", "teacher"), ("nac", "student")], indirect=["done"])
 def test_all_modules_in_one_pass_are_the_modules_trained_one_by_one(done, tmp_path, role):
     path, folder = beside(done, tmp_path, "distill_module", role)
     for i in (2, 0, 1):
@@ -306,7 +315,7 @@ def test_all_modules_in_one_pass_are_the_modules_trained_one_by_one(done, tmp_pa
     assert log(folder) == log(done[1], stage_of("distill_module", role))
 
 
-@pytest.mark.parametrize("codes", ["fresh", "original"])
+@pytest.mark.parametrize("codes", ["fresh", pytest.param("original", marks=pytest.mark.slow)])
 def test_with_other_codes_too_one_pass_is_one_by_one(tmp_path, codes):
     path = write_config(tmp_path, "nac")
     run("finetune", path, "role=meta")
@@ -451,17 +460,16 @@ def test_sigterm_saves_at_once_and_the_resumed_run_is_the_unbroken_one(done, tmp
 def test_sigterm_that_reaches_two_processes_at_different_steps_stops_both_at_one_step(tmp_path, script):
     words = ["train.meta.batch=1", "train.meta.accumulate=1", "train.distill.batch=1", "train.distill.accumulate=1",
              "train.distill.epochs=1", "train.meta.epochs=1", "distill.alpha=0"]  # 33 steps
-    path = write_config(tmp_path / "a")
-    run("finetune", path, "role=meta", *words)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    role = {"finetune": "role=meta", "distill_module": "role=student"}[script]
+    role = {"finetune": "meta", "distill_module": "student"}[script]
     for name in "ab":
         path = write_config(tmp_path / name)
+        if script == "distill_module":
+            run("finetune", path, "role=meta", *words)
         if name == "a":
-            run_processes(2, script, path, role, *words, "seed=4", expect=143, seconds=30,
+            run_processes(2, script, path, f"role={role}", *words, expect=143, seconds=30,
                           before=lambda rank: die(models, "learning_rate", 5 + rank, signal.SIGTERM)())
-        run_processes(2, script, path, role, *words, "seed=4")
-    same_run(tmp_path / "a/run", tmp_path / "b/run", script, role[5:])
+        run_processes(2, script, path, f"role={role}", *words)
+    same_run(tmp_path / "a/run", tmp_path / "b/run", script, role)
 
 
 def test_a_run_is_not_resumed_with_another_number_of_processes(tmp_path):
@@ -499,8 +507,8 @@ def test_a_module_that_an_unfinished_pass_lacks_is_named_not_lost(done, tmp_path
 
 @vmoe_only
 @pytest.mark.parametrize("script, role, words", [
-    ("finetune", "meta", ["train.meta.lr=1e35", "train.meta.clip=0"]),
-    ("distill_module", "teacher", ["train.incubate.lr=1e35", "train.incubate.clip=0"])])
+    ("finetune", "meta", ["train.meta.lr=1e29", "train.meta.clip=0"]),
+    ("distill_module", "teacher", ["train.incubate.lr=1e29", "train.incubate.clip=0"])])
 def test_a_loss_that_is_not_finite_stops_the_run_with_one_sentence_that_names_the_step(done, tmp_path, script, role, words):
     path, folder = beside(done, tmp_path, script, role)
     text = run(script, path, f"role={role}", *words, expect=2)
@@ -529,7 +537,7 @@ def test_weights_that_are_not_finite_are_never_a_result(tmp_path):
 
 
 @vmoe_only
-@pytest.mark.parametrize("name", ["fsync", "replace"])
+@pytest.mark.parametrize("name", ["fsync", pytest.param("replace", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_sentence_and_harms_nothing(done, tmp_path, name):
     path, folder = beside(done, tmp_path, "finetune", "student")
     run("finetune", path, before=die(models, "learning_rate", 6), expect=-signal.SIGKILL)
@@ -558,11 +566,10 @@ def test_two_processes_run_every_stage_and_count_every_image_once(done, tmp_path
         run_processes(2, script, path, f"role={role}", *(f"train.{s}.batch=4" for s in CONFIG["train"]))
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert len(results) == 10 and {r["images"] for r in results} == {29}
-    for r in results:  # a whole number of images is right
-        assert abs(r["top1"] * 29 / 100 - round(r["top1"] * 29 / 100)) < 1e-3
+    assert all(r["top5"] == 100 for r in results)  # of four classes: any image left out or counted twice would show
 
 
-@pytest.mark.parametrize("codes", ["fresh", "original"])
+@pytest.mark.parametrize("codes", ["fresh", pytest.param("original", marks=pytest.mark.slow)])
 def test_two_processes_train_modules_with_other_codes(tmp_path, codes):
     path = write_config(tmp_path, "nac")
     run("finetune", path, "role=meta")
@@ -575,7 +582,7 @@ def test_one_and_three_processes_evaluate_to_the_same_numbers(done, tmp_path):
     run_processes(3, "evaluate", path, "role=all")
     one, three = (json.loads((f / "results.json").read_text()) for f in (done[1], folder))
     for a, b in zip(one, three, strict=True):
-        assert (a["role"], a["set"], a["images"]) == (b["role"], b["set"], b["images"]) and a["top1"] == pytest.approx(b["top1"])
+        assert {**a, "checkpoint": ""} == {**b, "checkpoint": ""} and a["top5"] == 100  # of four classes
 
 
 def test_a_command_stopped_by_sigterm_goes_on_with_the_line_it_prints(tmp_path):
