@@ -51,6 +51,8 @@ def setup(device="auto"):
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if world == 1 and _mps_works() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not _mps_works():
+        raise UserError(f"device={device} does not work on this machine; use device=auto or device=cpu")
     if device == "cuda":
         device = f"cuda:{local}"
     device = torch.device(device)
@@ -74,6 +76,13 @@ def sum_over_processes(tensor):
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_process(flag, process):
+    """Whether the flag is true in at least one process. All processes must ask at the same step."""
+    if process.world == 1:
+        return bool(flag)
+    return sum_over_processes(torch.tensor(float(bool(flag)), device=process.device)).item() > 0
 
 
 def close():
@@ -372,7 +381,7 @@ def _subfolders(folder):
 
 def _image_files(folder):
     return sorted(e.path for e in os.scandir(folder)
-                  if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".") and e.is_file())
+                  if e.name.lower().endswith(SUFFIXES) and not e.name.startswith(".") and not e.is_dir())
 
 
 def _class_folders(folder):

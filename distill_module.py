@@ -73,9 +73,12 @@ def main():
         return
     models.begin(config, process)
     resumed = models.unfinished(config, stage, name, words.force)
+    if resumed and (lost := set(todo) - set(resumed["models"])):
+        raise models.UserError(f"{config['output_dir']}/{name} was begun without modules {lost}, which are missing now; "
+                               f"train them with module={min(lost)} … first, or repeat all with force=true.")
 
     train, validation = data.load(config, "train", stage), data.load(config, "validation")
-    steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"])
+    steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], stage)
     total_batch = c["batch"] * process.world * c["accumulate"]
 
     meta = models.build(config, "meta").to(device).requires_grad_(False).eval()
@@ -92,12 +95,13 @@ def main():
     students = {i: modules[i].to(device) for i in todo}
     optimizers = {i: models.optimizer(student, c) for i, student in students.items()}
 
-    step, sums = 0, {i: torch.zeros(3, device=device) for i in todo}  # loss·images, correct, images of the epoch so far
+    # loss·images, correct, images of the epoch so far; a row a process
+    step, sums = 0, {i: torch.zeros(process.world, 3, device=device) for i in todo}
     if resumed:
         for i in todo:
             students[i].load_state_dict(resumed["models"][i])
             optimizers[i].load_state_dict(resumed["optimizers"][i])
-            sums[i] = resumed["sums"][i].to(device)
+            sums[i][process.rank] = resumed["sums"][i][process.rank].to(device)
         step = resumed["step"]
         models.add_log(config, process, resumed["lines"])
     parallel = {i: DistributedDataParallel(s) if process.world > 1 else s for i, s in students.items()}
@@ -106,7 +110,7 @@ def main():
                f"{c['lr'] * total_batch / 512:g}" + (f", resumed at step {step}" if resumed else ""))
 
     while step < c["epochs"] * steps:
-        epoch, began = step // steps, time.time()
+        epoch, began, stop = step // steps, time.time(), False
         for student in students.values():
             student.train()
         batches = data.train_batches(train, config, stage, epoch, process, start_step=step % steps)
@@ -129,7 +133,7 @@ def main():
                     total = loss + models.balance_loss(students[i])
                 (total / c["accumulate"]).backward()
                 correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
-                sums[i] += torch.stack([loss.detach() * len(images), correct, sums[i].new_tensor(len(images))])
+                sums[i][process.rank] += torch.stack([loss.detach() * len(images), correct, correct.new_tensor(len(images))])
             if (k + 1) % c["accumulate"]:
                 continue
 
@@ -139,34 +143,40 @@ def main():
             step += 1
             if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
                 for i in todo:
-                    models.check_finite(sums[i][0], f"{stage}: the loss of module {i} at step {step}", config)
-                bar.set_postfix({f"top1 {i}": f"{100 * sums[i][1] / sums[i][2]:.1f}" for i in todo}, lr=f"{lr:.1e}")
-            if models.stop_asked():
-                break
+                    models.check_finite(sums[i][process.rank, 0], f"{stage}: the loss of module {i} at step {step}", config)
+                top1 = {f"top1 {i}": f"{100 * s[process.rank, 1] / s[process.rank, 2]:.1f}" for i, s in sums.items()}
+                bar.set_postfix(top1, lr=f"{lr:.1e}")
+            if process.world == 1 or step % 20 == 0 or step % steps == 0:
+                stop = data.any_process(models.STOP, process)  # all processes leave at the same step
+                if stop:
+                    break
 
         lines = []
         if step % steps == 0:
             trained = time.time() - began
             validated = accuracy(meta, students, validation, config, process)
             for i in todo:
-                loss_sum, correct, images = data.sum_over_processes(sums[i]).tolist()
+                loss_sum, correct, images = data.sum_over_processes(sums[i]).sum(0).tolist()
                 lines.append({"stage": stage, "module": i, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
                               "top1": 100 * correct / images, "val_top1": validated[i], "lr": lr,
                               "images_per_second": images / trained,  # of the pass, which serves all modules …
                               "seconds": (time.time() - began) / len(todo),  # … and a module's share of its time
                               **models.expert_load(students[i])})
                 sums[i].zero_()
+        for i in todo:
+            data.sum_over_processes(sums[i])  # all rows for rank 0's file; zeros after a whole epoch
         if main_process:
             models.save_unfinished(config, stage, name, {
                 "models": {i: s.state_dict() for i, s in students.items()},
                 "optimizers": {i: o.state_dict() for i, o in optimizers.items()}, "step": step, "sums": sums,
                 "lines": lines})
         models.add_log(config, process, lines)
-        models.exit_if_asked(process)
+        models.leave(process, stop)
 
     if main_process:
         for i in todo:
             models.save_finished(config, stage, f"{role}_modules/{i}.pt", students[i].state_dict())
+    del parallel  # before the process group that it uses, or leaving can hang
     data.close()
 
 

@@ -84,7 +84,10 @@ def score(model, images, config, process):
 def keep_result(folder, result):
     """Adds a result to the run's results.json, in place of an older one of the same role and set."""
     path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else []
+    try:
+        results = json.loads(path.read_text()) if path.exists() else []
+    except ValueError:
+        raise models.UserError(f"{path} is not JSON; remove it and evaluate again.") from None
     results = [r for r in results if (r["role"], r["set"]) != (result["role"], result["set"])] + [result]
     models.write_text(path, json.dumps(results, indent=1))
 

@@ -61,7 +61,7 @@ def main():
     resumed = models.unfinished(config, role, f"{role}.unfinished.pt", words.force)
 
     train, validation = data.load(config, "train", stage), data.load(config, "validation")
-    steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"])
+    steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], stage)
     total_batch = c["batch"] * process.world * c["accumulate"]
 
     model = models.build(config, role)
@@ -77,11 +77,13 @@ def main():
         models.load_weights(teacher, models.needed(config, "teacher"))
     optimizer = models.optimizer(model, c)
 
-    step, sums = 0, torch.zeros(3, device=device)  # loss·images, correct, images of the epoch so far
+    # loss·images, correct, images of the epoch so far; a row a process
+    step, sums = 0, torch.zeros(process.world, 3, device=device)
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
-        step, sums = resumed["step"], resumed["sums"].to(device)
+        step = resumed["step"]
+        sums[process.rank] = resumed["sums"][process.rank].to(device)
         models.add_log(config, process, resumed["lines"])
     parallel = DistributedDataParallel(model) if process.world > 1 else model
     models.say(process, f"{role}: {models.count(model):,} parameters, {len(train):,} images, {c['epochs']} epochs of "
@@ -89,7 +91,7 @@ def main():
                + (f", resumed at step {step}" if resumed else ""))
 
     while step < c["epochs"] * steps:
-        epoch, began = step // steps, time.time()
+        epoch, began, stop = step // steps, time.time(), False
         model.train()
         batches = data.train_batches(train, config, stage, epoch, process, start_step=step % steps)
         bar = tqdm(batches, f"{role} {epoch + 1}/{c['epochs']}", (steps - step % steps) * c["accumulate"],
@@ -108,7 +110,7 @@ def main():
                 total = loss + models.regularizer(model, config)
             (total / c["accumulate"]).backward()
             correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
-            sums += torch.stack([loss.detach() * len(images), correct, sums.new_tensor(len(images))])
+            sums[process.rank] += torch.stack([loss.detach() * len(images), correct, sums.new_tensor(len(images))])
             if (k + 1) % c["accumulate"]:
                 continue
 
@@ -116,29 +118,34 @@ def main():
             models.update(model, optimizer, lr, c["clip"])
             step += 1
             if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
-                models.check_finite(sums[0], f"{role}: the loss at step {step}", config)
-                bar.set_postfix(loss=f"{sums[0] / sums[2]:.3f}", top1=f"{100 * sums[1] / sums[2]:.1f}", lr=f"{lr:.1e}")
-            if models.stop_asked():
-                break
+                models.check_finite(sums[process.rank, 0], f"{role}: the loss at step {step}", config)
+                loss_sum, correct, images = sums[process.rank].tolist()
+                bar.set_postfix(loss=f"{loss_sum / images:.3f}", top1=f"{100 * correct / images:.1f}", lr=f"{lr:.1e}")
+            if process.world == 1 or step % 20 == 0 or step % steps == 0:
+                stop = data.any_process(models.STOP, process)  # all processes leave at the same step
+                if stop:
+                    break
 
         lines = []
         if step % steps == 0:
-            loss_sum, correct, images = data.sum_over_processes(sums).tolist()
+            loss_sum, correct, images = data.sum_over_processes(sums).sum(0).tolist()
             seconds = time.time() - began
             lines = [{"stage": role, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
                       "top1": 100 * correct / images, "val_top1": accuracy(model, validation, config, process),
                       "lr": lr, "images_per_second": images / seconds, "seconds": time.time() - began,
                       **models.expert_load(model)}]
             sums.zero_()
+        data.sum_over_processes(sums)  # all rows for rank 0's file; zeros after a whole epoch
         if main_process:
             models.save_unfinished(config, role, f"{role}.unfinished.pt", {
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "sums": sums,
                 "lines": lines})
         models.add_log(config, process, lines)
-        models.exit_if_asked(process)
+        models.leave(process, stop)
 
     if main_process:
         models.save_finished(config, role, f"{role}.pt", model.state_dict())
+    del parallel  # before the process group that it uses, or leaving can hang
     data.close()
 
 

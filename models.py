@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import zipfile
@@ -103,7 +104,8 @@ class MoE(nn.Module):
     def forward(self, x):  # B N D
         shape, k = x.shape, self.top_k
         x = x.reshape(-1, shape[-1])  # T D
-        logits = clean = self.router(x).float()  # T E
+        logits = self.router(x)  # T E, in float32 at least
+        logits = clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
         E = logits.shape[1]
         if self.training and self.balance:
             logits = clean + torch.randn_like(clean) / E
@@ -888,13 +890,14 @@ def fit_graph_prior(model, config):
 # Config: one YAML file, checked key by key before any data or weights are read
 
 
-def whole(low=0):
-    return (lambda v: type(v) is int and v >= low), f"a whole number from {low} up"
+def whole(low=0, high=2**31 - 1):
+    words = f"a whole number from {low} up" if high == 2**31 - 1 else f"a whole number from {low} to {high}"
+    return (lambda v: type(v) is int and low <= v <= high), words
 
 
 def number(low=0.0, high=math.inf):
     words = f"a number from {low:g} up" if high == math.inf else f"a number from {low:g} to {high:g}"
-    return (lambda v: type(v) in (int, float) and math.isfinite(v) and low <= v <= high), words
+    return (lambda v: type(v) in (int, float) and low <= v <= min(high, 1e30)), words
 
 
 def one_of(*names):
@@ -912,7 +915,7 @@ def or_null(rule):
 
 
 FLAG = (lambda v: type(v) is bool), "true or false"
-TEXT = (lambda v: type(v) is str), "text"
+TEXT = (lambda v: type(v) is str and v.isprintable() and len(v) < 256), "printable text of at most 255 characters"
 TEXTS = (lambda v: type(v) is list and all(type(x) is str for x in v)), "a list of texts"
 
 CLASSES = {"glyphs": 24, "fashion_mnist": 10, "tiny_imagenet": 200, "imagenet": 1000, "cifar100": 100, "cub": 200}
@@ -922,7 +925,7 @@ TRAIN_IMAGES = {"glyphs": 5000, "fashion_mnist": 60000, "tiny_imagenet": 100000,
 DATA_KEYS = {
     "set": ("glyphs", one_of(*CLASSES, "folder")),
     "root": ("", TEXT),
-    "image_size": (32, whole(1)),
+    "image_size": (32, whole(1, 4096)),
     "classes": (None, or_null(whole(2))),  # null: what the set has
     "train_images": (0, whole()),  # how many to use, or to draw (glyphs); 0: all
     "validation_images": (1000, whole(1)),  # held out from the training images; choices are made on them
@@ -947,7 +950,7 @@ VIT_KEYS = {
     "width": (64, whole(1)),
     "heads": (4, whole(1)),
     "depths": ([1, 1, 1], numbers(whole(1))),  # blocks of each module
-    "mlp_ratio": (4.0, number(0.01)),
+    "mlp_ratio": (4.0, number(0.01, 64)),
     "qkv_bias": (True, FLAG),  # off in the original's ViT-Huge
     "eps": (1e-6, number(1e-12)),  # of the LayerNorms; 1e-5 in the original's ViT-Huge
     "init_std": (0.02, number(1e-6)),  # of the weights; DeiT's .02 suits widths from about 200 up, .1 widths near 64
@@ -1022,17 +1025,36 @@ KEYS = {
 }
 
 
+class Yaml(yaml.SafeLoader):
+    """YAML, a key that stands twice in a block is refused: the first would be lost in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"the key {twice[0]} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def parse(text, what):
+    """YAML -> plain values. Raises UserError that begins with `what`."""
+    try:
+        value = yaml.load(text, Yaml)
+        json.dumps(value, default=str)  # refuses a list within itself, numbers of thousands of digits …
+        return value
+    except Exception as e:  # PyYAML lets out errors of many kinds: 2024-13-45 looks like a date, !!timestamp x …
+        raise UserError(f"{what} is not YAML that can be read: {' '.join(str(e).split())}.") from None
+
+
 def load_config(path, overrides=()):
     """Reads a YAML config, applies overrides ("distill.alpha=0.9"), checks every key. Returns the complete nested dict.
 
     Raises UserError (one sentence: key, value, what is allowed, nearest right name).
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except OSError as e:
-        raise UserError(f"config {path} cannot be read: {e.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"config {path} is not YAML: {' '.join(str(e).split())}") from None
+        text = Path(path).read_bytes()
+    except (OSError, ValueError) as e:
+        raise UserError(f"config {path} cannot be read: {getattr(e, 'strerror', e)}.") from None
+    tree = parse(text, f"config {path}")
     if not isinstance(tree, dict):
         raise UserError(f"config {path} must hold keys such as 'data:' and 'train:', not {type(tree).__name__}.")
     given = flatten(tree)
@@ -1040,10 +1062,7 @@ def load_config(path, overrides=()):
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"'{override}' is not an override: write key=value, for example distill.alpha=0.9.")
-        try:
-            given[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"{key}={value}: the value is not YAML.") from None
+        given[key] = parse(value, f"{key}={value}: the value")
     flat = {}
     for key, value in given.items():
         if key not in KEYS:
@@ -1077,6 +1096,7 @@ def check_fit(c):
             raise UserError(sentence)
 
     L = len(c["meta.depths"])
+    require(not c["share"] or Path(c["share"]).is_dir(), f"share={c['share']} is not a run's folder.")
     for block in ("data", "target"):
         require(c[f"{block}.classes"] or c[f"{block}.set"] != "folder",
                 f"{block}.classes must be given for {block}.set=folder.")
@@ -1116,6 +1136,8 @@ def check_fit(c):
         require(c["student.graph_m"] < c["student.latents"][1],
                 f"student.graph_m={c['student.graph_m']} must be below the number of mediators.")
     for key, value in c.items():
+        if key.endswith(".resized_crop") and value:
+            require(value[0] <= value[1], f"{key}={value} is not a range: write [smallest area, largest].")
         if key.endswith(".images") and value:
             require(value[0] < value[1], f"{key}={value} is empty: write [first, stop] with first < stop.")
 
@@ -1246,16 +1268,26 @@ def unwrap(content, path):
     for key in ("model", "state_dict", "block_state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no state dict (names to tensors).")
-    return content
+    if not isinstance(content, dict) or not content or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in content.items()):
+        raise UserError(f"{path} holds no state dict (names to dense tensors).")
+    return check_weights(content, path)
+
+
+def check_weights(state, path):
+    """Returns a state dict; raises UserError if a tensor in it is not finite."""
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: the tensor {name} is not finite; train again with a lower learning rate, warm-up "
+                            "or gradient clipping.")
+    return state
 
 
 def resize_pos_embed(pos_embed, tokens):
     """Bicubically resizes a position grid of another image size; the class token's is kept. 1 1+N D -> 1 tokens D."""
     grid = pos_embed[:, 1:]
     old, new = math.isqrt(grid.shape[1]), math.isqrt(tokens - 1)
-    if old * old != grid.shape[1] or new * new != tokens - 1:
+    if not old or old * old != grid.shape[1] or new * new != tokens - 1:
         return pos_embed  # not a square grid: the shape check will name it
     grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False).to(pos_embed.dtype)
@@ -1322,7 +1354,8 @@ def difference(content, config, stage):
     """In words, the first setting in which a checkpoint differs from the config; None if there is no difference."""
     try:
         old = json.loads(content["settings"])
-    except (KeyError, TypeError, ValueError):
+        old.get
+    except (KeyError, TypeError, ValueError, AttributeError):
         return "settings that it does not tell"
     new = json.loads(settings(config, stage))
     for key in [*new, *old]:
@@ -1373,19 +1406,24 @@ def unfinished(config, stage, name, force=False):
     path = Path(config["output_dir"], name)
     if force or not path.exists():
         return None
-    content = read(path)
-    if other := difference(content, config, stage):
+    content, world = read(path), int(os.environ.get("WORLD_SIZE", 1))
+    other = difference(content, config, stage)
+    if not other and content["world"] != world:  # a step would be of another number of images
+        other = f"{content['world']} processes instead of {world}"
+    if other:
         raise UserError(f"{path} was begun with {other}; choose another output_dir, or force=true to start again.")
     return content
 
 
 def save_unfinished(config, stage, name, content):
-    save(Path(config["output_dir"], name), {**content, "settings": settings(config, stage)})
+    save(Path(config["output_dir"], name), {**content, "settings": settings(config, stage),
+                                             "world": int(os.environ.get("WORLD_SIZE", 1))})
 
 
 def save_finished(config, stage, name, state):
     """Writes a stage's result: the weights, and the settings that they were made with."""
-    save(Path(config["output_dir"], name), {"model": state, "settings": settings(config, stage)})
+    path = Path(config["output_dir"], name)
+    save(path, {"model": check_weights(state, path), "settings": settings(config, stage)})
 
 
 def add_log(config, process, lines):
@@ -1461,14 +1499,10 @@ def check_finite(value, what, config):
 STOP = []  # filled by SIGTERM
 
 
-def stop_asked():
-    return bool(STOP)
-
-
-def exit_if_asked(process):
+def leave(process, stop):
     """Leaves after SIGTERM: all is saved."""
-    if STOP:
-        say(process, f"SIGTERM: saved; to go on: python {' '.join(sys.argv)}")
+    if stop:
+        say(process, f"SIGTERM: saved; to go on: python {shlex.join(sys.argv)}")
         sys.exit(143)
 
 
@@ -1534,7 +1568,7 @@ def command_line(doc, roles):
             if value not in ("true", "false"):
                 raise UserError(f"force={value} is not allowed: it must be true or false.")
             words.force = value == "true"
-        elif key in ("module", "checkpoint"):
+        elif key in ("module", "checkpoint") and f"{key}=" in doc:  # only distill_module has modules, for example
             setattr(words, key, value)
         else:
             rest.append(item)
@@ -1552,6 +1586,5 @@ def run(main):
     try:
         main()
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr)
+        print("error:", " ".join(str(e).split()), file=sys.stderr)  # on every process: the one bad image may be in this one's share
         sys.exit(2)

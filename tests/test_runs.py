@@ -130,7 +130,8 @@ def run_processes(world, script, path, *words, before=None, expect=0, seconds=60
 
 def shell(*words, **options):
     """Runs a command line as a user would -> CompletedProcess."""
-    return subprocess.run([str(w) for w in words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # for run.sh
+    return subprocess.run([str(w) for w in words], cwd=ROOT, env=env, text=True,
                           capture_output=True, timeout=120, **options)
 
 
