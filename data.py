@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from models import UserError
+from models import STOP, UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, used for every set
 FILL = tuple(round(255 * m) for m in MEAN)                 # colour of what a rotation or shear moves into the image
@@ -78,11 +78,14 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def any_process(flag, process):
-    """Whether the flag is true in at least one process. All processes must ask at the same step."""
-    if process.world == 1:
-        return bool(flag)
-    return sum_over_processes(torch.tensor(float(bool(flag)), device=process.device)).item() > 0
+def stop_asked(process, step, steps):
+    """Whether SIGTERM came to any process. Several processes ask at every 20th step, so that all leave at the same one."""
+    asked = bool(STOP)
+    if process.world > 1:
+        if step % 20 and step % steps:
+            return False
+        asked = sum_over_processes(torch.tensor(float(asked), device=process.device)).item() > 0
+    return asked
 
 
 def close():

@@ -95,13 +95,14 @@ def main():
     students = {i: modules[i].to(device) for i in todo}
     optimizers = {i: models.optimizer(student, c) for i, student in students.items()}
 
-    # loss·images, correct, images of the epoch so far; a row a process
+    # loss·images, correct, images of the epoch so far: a row a process, of which `own` is this one's
     step, sums = 0, {i: torch.zeros(process.world, 3, device=device) for i in todo}
+    own = {i: rows[process.rank] for i, rows in sums.items()}
     if resumed:
         for i in todo:
             students[i].load_state_dict(resumed["models"][i])
             optimizers[i].load_state_dict(resumed["optimizers"][i])
-            sums[i][process.rank] = resumed["sums"][i][process.rank].to(device)
+            own[i].copy_(resumed["sums"][i][process.rank])
         step = resumed["step"]
         models.add_log(config, process, resumed["lines"])
     parallel = {i: DistributedDataParallel(s) if process.world > 1 else s for i, s in students.items()}
@@ -133,7 +134,7 @@ def main():
                     total = loss + models.balance_loss(students[i])
                 (total / c["accumulate"]).backward()
                 correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
-                sums[i][process.rank] += torch.stack([loss.detach() * len(images), correct, correct.new_tensor(len(images))])
+                own[i] += torch.stack([loss.detach() * len(images), correct, correct.new_tensor(len(images))])
             if (k + 1) % c["accumulate"]:
                 continue
 
@@ -143,13 +144,10 @@ def main():
             step += 1
             if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
                 for i in todo:
-                    models.check_finite(sums[i][process.rank, 0], f"{stage}: the loss of module {i} at step {step}", config)
-                top1 = {f"top1 {i}": f"{100 * s[process.rank, 1] / s[process.rank, 2]:.1f}" for i, s in sums.items()}
-                bar.set_postfix(top1, lr=f"{lr:.1e}")
-            if process.world == 1 or step % 20 == 0 or step % steps == 0:
-                stop = data.any_process(models.STOP, process)  # all processes leave at the same step
-                if stop:
-                    break
+                    models.check_finite(own[i][0], f"{stage}: the loss of module {i} at step {step}", config)
+                bar.set_postfix({f"top1 {i}": f"{100 * own[i][1] / own[i][2]:.1f}" for i in todo}, lr=f"{lr:.1e}")
+            if stop := data.stop_asked(process, step, steps):
+                break
 
         lines = []
         if step % steps == 0:

@@ -77,13 +77,14 @@ def main():
         models.load_weights(teacher, models.needed(config, "teacher"))
     optimizer = models.optimizer(model, c)
 
-    # loss·images, correct, images of the epoch so far; a row a process
+    # loss·images, correct, images of the epoch so far: a row a process, of which `own` is this one's
     step, sums = 0, torch.zeros(process.world, 3, device=device)
+    own = sums[process.rank]
     if resumed:
         model.load_state_dict(resumed["model"])
         optimizer.load_state_dict(resumed["optimizer"])
+        own.copy_(resumed["sums"][process.rank])
         step = resumed["step"]
-        sums[process.rank] = resumed["sums"][process.rank].to(device)
         models.add_log(config, process, resumed["lines"])
     parallel = DistributedDataParallel(model) if process.world > 1 else model
     models.say(process, f"{role}: {models.count(model):,} parameters, {len(train):,} images, {c['epochs']} epochs of "
@@ -110,7 +111,7 @@ def main():
                 total = loss + models.regularizer(model, config)
             (total / c["accumulate"]).backward()
             correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
-            sums[process.rank] += torch.stack([loss.detach() * len(images), correct, sums.new_tensor(len(images))])
+            own += torch.stack([loss.detach() * len(images), correct, correct.new_tensor(len(images))])
             if (k + 1) % c["accumulate"]:
                 continue
 
@@ -118,21 +119,18 @@ def main():
             models.update(model, optimizer, lr, c["clip"])
             step += 1
             if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
-                models.check_finite(sums[process.rank, 0], f"{role}: the loss at step {step}", config)
-                loss_sum, correct, images = sums[process.rank].tolist()
-                bar.set_postfix(loss=f"{loss_sum / images:.3f}", top1=f"{100 * correct / images:.1f}", lr=f"{lr:.1e}")
-            if process.world == 1 or step % 20 == 0 or step % steps == 0:
-                stop = data.any_process(models.STOP, process)  # all processes leave at the same step
-                if stop:
-                    break
+                models.check_finite(own[0], f"{role}: the loss at step {step}", config)
+                bar.set_postfix(loss=f"{own[0] / own[2]:.3f}", top1=f"{100 * own[1] / own[2]:.1f}", lr=f"{lr:.1e}")
+            if stop := data.stop_asked(process, step, steps):
+                break
 
         lines = []
         if step % steps == 0:
             loss_sum, correct, images = data.sum_over_processes(sums).sum(0).tolist()
-            seconds = time.time() - began
+            trained = time.time() - began
             lines = [{"stage": role, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
                       "top1": 100 * correct / images, "val_top1": accuracy(model, validation, config, process),
-                      "lr": lr, "images_per_second": images / seconds, "seconds": time.time() - began,
+                      "lr": lr, "images_per_second": images / trained, "seconds": time.time() - began,
                       **models.expert_load(model)}]
             sums.zero_()
         data.sum_over_processes(sums)  # all rows for rank 0's file; zeros after a whole epoch
