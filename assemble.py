@@ -53,8 +53,8 @@ def assemble(config, role, force, process):
 def carry(distilled, student):
     """Weights of the distilled student -> the student of the target data. Returns it, and the names not carried over.
 
-    With another image size or other classes the position grid and the classifier start fresh (section 5 of the
-    original's guide: Tiny-ImageNet students are distilled on ImageNet); any other mismatch is an error.
+    With another image size or other classes the position grid and the classifier start fresh (in the paper
+    Tiny-ImageNet students are distilled on ImageNet); any other mismatch is an error.
     """
     source, state, fresh = distilled.state_dict(), student.state_dict(), []
     for name, tensor in state.items():

@@ -39,7 +39,7 @@ def soft_target_ce(logits, targets):
 
 
 def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmean"):
-    """Knowledge distillation loss (section 3.2; SPEC: soft KL at temperature τ, or hard labels). B K, B K -> ().
+    """Knowledge distillation: soft, a KL divergence at temperature τ, or hard, the teacher's choice as label. B K, B K -> ().
 
     reduction: batchmean divides by B; mean, the original's choice, by B·K, which is weak beside the cross entropy.
     """

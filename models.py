@@ -444,7 +444,7 @@ TRUNCATION = 0.9  # latents whose δ is larger do not talk to each other
 
 
 def log_kernel(delta, bandwidth, truncate=True, sample=0):
-    """log K, K = exp(−δ/β), 0 where δ > .9 (NAC, section 2.2). δ U V -> U V, or with sample = B noisy ones B U V.
+    """log K, K = exp(−δ/β), 0 where δ > .9 (NAC paper). δ U V -> U V, or with sample = B noisy ones B U V.
 
     In training K is the probability of a relaxed Bernoulli (temperature ½): log sigmoid((logit K + ℓ)/½), ℓ logistic.
     A truncated pair sends no gradient to the signatures: the original announces a straight-through gradient there, but
