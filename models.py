@@ -728,55 +728,62 @@ class NACModule(nn.Module):
     """Module i of a NAC inside the meta model, sharing the NAC's parameters. B N D (or images) -> B U D (or logits).
 
     Inside the meta model there are tokens instead of latents. `mode` says whose codes and states go with them:
-      own       the circuit's own. The read-in has its U_in latents, the read-out its U_out, states from the seeder; a
-                token stands for a mediator and has its code (tokens beyond U begin again with the first). Mediator
-                codes and seeder, which several modules share, stay as initialised; all of it is carried on.
+      own       the circuit's own, so that a module is taught as it will be used. Read-in and read-out have their U_in and
+                U_out latents, states from the seeder. In the first propagator the tokens stand for input latents, and the
+                seeded mediators listen to them; later, and for the read-out, tokens stand for mediators. What several
+                modules share (seeder, mediator codes) stays as initialised; all of it is carried on into the circuit.
       original  the paper's code: one fixed random code for everything; read-in and read-out have one latent, of fixed
-                random state. None of it reaches the assembled circuit.
+                random state; a propagator's tokens are receivers and senders. None of it reaches the circuit.
       fresh     as own, but the codes are drawn anew for each batch (in evaluation: one fixed draw).
-    In each mode all tokens are senders and, in a propagator, receivers; they have no signatures, so there is no kernel.
+    Tokens have no signatures, so there is no kernel here, and its bandwidth does not learn.
     """
 
     def __init__(self, nac, i, mode):
         super().__init__()
         self.mode, last = mode, len(nac.propagators) + 1
         self.kind = "read_in" if i == 0 else "read_out" if i == last else "propagator"
+        listeners, stand_in = None, nac.mediator_latents  # who listens to the tokens (None: they do), who they stand for
         if i == 0:
-            self.tokenizer, self.read_in, latents = nac.tokenizer, nac.read_in, nac.input_latents
+            self.tokenizer, self.read_in, listeners = nac.tokenizer, nac.read_in, nac.input_latents
         elif i == last:
-            self.read_out, self.pool, latents = nac.read_out, nac.pool, nac.output_latents
+            self.read_out, self.pool, listeners = nac.read_out, nac.pool, nac.output_latents
         else:
-            self.propagator, latents = nac.propagators[i - 1], None
+            self.propagator = nac.propagators[i - 1]
+            if i == 1 and mode != "original":
+                listeners, stand_in = nac.mediator_latents, nac.input_latents
         if i:
             (self.read_out if i == last else self.propagator).attention.bandwidth.requires_grad_(False)
-        if mode == "own":
-            if latents:
-                self.codes, self.seeder = latents.codes, nac.seeder.requires_grad_(False)
-            if i:
-                self.token_codes = nac.mediator_latents.codes.requires_grad_(False)
-            return
-        # not in the state dict: like all initial values these are a function of the seed
-        shape = nac.mediator_latents.codes.shape
-        self.register_buffer("token_codes", torch.randn(1 if mode == "original" else shape[0], shape[1]), False)
-        if latents:
-            count = 1 if mode == "original" else len(latents.codes)
-            self.register_buffer("codes", torch.randn(count, shape[1]), persistent=False)
-            if mode == "original":
-                self.register_buffer("states", torch.randn(1, 1, nac.seeder.mu.out_features), persistent=False)
-            else:
-                self.seeder = nac.seeder.requires_grad_(False)
+
+        # buffers are not in the state dict: like all initial values they are a function of the seed
+        codes = stand_in.codes.detach().clone()
+        if mode != "own":
+            codes = torch.randn_like(codes[:1] if mode == "original" else codes)
+        self.register_buffer("token_codes", codes, persistent=False)
+        if listeners is None:
+            self.codes = None
+        elif mode == "own":
+            self.codes = listeners.codes.requires_grad_(i != 1)
+        else:
+            codes = listeners.codes[:1] if mode == "original" else listeners.codes
+            self.register_buffer("codes", torch.randn_like(codes), persistent=False)
+        if mode == "original":
+            self.register_buffer("states", torch.randn(1, 1, nac.seeder.mu.out_features), persistent=False)
+        elif listeners is not None:
+            self.seeder = nac.seeder.requires_grad_(False)
 
     def forward(self, x):
         draw = torch.randn_like if self.mode == "fresh" and self.training else nn.Identity()
-        if self.kind != "read_in":
+        if self.kind != "read_in":  # one code a token, from the first again where tokens are more than codes
             n = torch.arange(x.shape[1], device=x.device)
             token_codes = draw(self.token_codes)[n % len(self.token_codes)]  # N C
-        if self.kind == "propagator":
+        if self.codes is None:
             return self.propagator(x, x, token_codes, token_codes)
         codes = draw(self.codes)  # U C
         states = self.states.expand(len(x), -1, -1) if self.mode == "original" else self.seeder(codes, len(x))  # B U D
         if self.kind == "read_in":
             return self.read_in(states, self.tokenizer(x), codes)
+        if self.kind == "propagator":
+            return self.propagator(states, torch.cat([x, states], 1), codes, torch.cat([token_codes, codes]))
         return self.pool(self.read_out(states, x, codes, token_codes))
 
 

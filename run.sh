@@ -20,17 +20,21 @@ stage() { $launch "$1" --config "$config" "${@:2}"; }
 
 for word in "$@"; do [ "$word" != --dry-run ] || { stage finetune.py "$@"; exit; }; done
 
-# weights from elsewhere: their stages are left out
-given() { python -c 'import sys, models; print(models.load_config(sys.argv[2], sys.argv[3:])[sys.argv[1]]["checkpoint"] or "")' "$@"; }
-teacher_given=$(given teacher "$config" "$@" 2>/dev/null) || { stage finetune.py "$@" --dry-run >/dev/null; exit 2; }
-meta_given=$(given meta "$config" "$@")
+# weights from elsewhere (meta.checkpoint, teacher.checkpoint): the stages that would make them are left out
+given=$(python -c 'import models; models.run(lambda: print(*(role for role in ("meta", "teacher")
+    if models.command_line("", ["all"])[0][role]["checkpoint"])))' --config "$config" "$@")
+lacks() { [[ " $given " != *" $1 "* ]]; }
 
-[ -n "$meta_given" ]    || stage finetune.py "$@" role=meta            # 1. the meta model
-[ -n "$teacher_given" ] || stage distill_module.py "$@" role=teacher   # 2. incubate the teacher's modules in it
-[ -n "$teacher_given" ] || stage assemble.py "$@" role=teacher
-[ -n "$teacher_given" ] || stage finetune.py "$@" role=teacher         # 3. assemble and finetune the teacher
-stage distill_module.py "$@"                                           # 4. m2mKD: the student's modules
+if lacks meta; then
+    stage finetune.py "$@" role=meta            # 1. the meta model
+fi
+if lacks teacher; then
+    stage distill_module.py "$@" role=teacher   # 2. incubate the teacher's modules in it
+    stage assemble.py "$@" role=teacher
+    stage finetune.py "$@" role=teacher         # 3. assemble and finetune the teacher
+fi
+stage distill_module.py "$@"                    # 4. m2mKD: the student's modules
 stage assemble.py "$@"
-stage finetune.py "$@"                                                 # 5. assemble and finetune the student
-stage finetune.py "$@" role=baseline                                   # the same student, end to end from scratch
+stage finetune.py "$@"                          # 5. assemble and finetune the student
+stage finetune.py "$@" role=baseline            # the same student, end to end from scratch
 stage evaluate.py "$@" role=all
