@@ -5,21 +5,23 @@
     python distill_module.py --config configs/demo_nac.yaml role=teacher     stage 2: incubates the teacher's modules
     torchrun --nproc_per_node=8 distill_module.py --config configs/imagenet_vmoe.yaml
 
-Teacher T, student S and meta model M are each cut into L modules: T = T_L ∘ … ∘ T_1, and so on. M is small, one block a
-module, and was trained first (finetune.py role=meta); it never changes here. To teach S_i, put it in M's place i:
+Teacher T, student S and meta model M are each cut into L modules: T = T_L ∘ … ∘ T_1, and so on (in the code i counts from
+0: parts[i] is T_{i+1}). M is small, one block a module; it was trained first (finetune.py role=meta) and never changes
+here. T is finished too (finetune.py role=teacher). To teach S_i, put it in M's place i:
 
-    image ─ M_1 ─ … ─ M_{i-1} ─┬─ T_i ─ M_{i+1} ─ … ─ M_L ─ teacher hybrid's logits
-                              h_{i-1}                          │ KD          loss = (1−α)·CE + α·KD
-                               └─ pre ─ S_i ─ post ─ M_{i+1} ─ … ─ M_L ─ student hybrid's logits ─ CE ─ label
+                              ┌─        T_i       ─ M_{i+1} ─ … ─ M_L ─ teacher hybrid's logits
+    image ─ M_1 ─ … ─ M_{i-1} ┤ h_{i-1}                                   │ KD         loss = (1−α)·CE + α·KD
+                              └─ pre ─ S_i ─ post ─ M_{i+1} ─ … ─ M_L ─ student hybrid's logits ─ CE ─ label
 
-Only S_i and its two stitch layers (pre, post: linear, between the student's width and M's) learn; the gradient passes
-through the frozen M_{i+1} … M_L. The pairs do not depend on one another, and all of them need the states h of the same
-M: so one run of M over an image serves all L pairs. M_1 and M_L own stem and head of their model, and so do S_1, S_L.
+Only S_i learns, with its stitch layers pre and post, which translate between the student's width and M's (T has M's
+width). The gradient reaches it through the frozen M_{i+1} … M_L. S_1 takes in pixels, like M_1, and has no pre; S_L gives
+logits and has no post. The L pairs (T_i, S_i) do not depend on one another, but all start from states h of the same M: one
+run of M over a batch gives h_0 … h_{L-1} to all of them.
 The teacher's own modules are made the same way, without a teacher (α = 0) and without stitches: Deep Incubation.
-assemble.py then puts the modules together.
+Afterwards assemble.py joins the modules, and finetune.py trains the whole.
 
 Writes <output_dir>/<role>_modules/<i>.pt. Skips what is finished, resumes what is not; key=value overrides any key.
-`diff finetune.py distill_module.py` is the method.
+finetune.py has the same loop for one whole model.
 """
 
 import time
@@ -41,7 +43,7 @@ def soft_target_ce(logits, targets):
 def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmean"):
     """Knowledge distillation: soft, a KL divergence at temperature τ, or hard, the teacher's choice as label. B K, B K -> ().
 
-    reduction: batchmean divides by B; mean, the original's choice, by B·K, which is weak beside the cross entropy.
+    reduction (of soft): batchmean divides by B; mean, the paper's code, by B·K, which is weak beside the cross entropy.
     """
     if kind == "hard":
         return F.cross_entropy(student_logits, teacher_logits.argmax(-1))
@@ -52,7 +54,7 @@ def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmea
 
 
 def main():
-    config, words = models.command_line(__doc__, ("student", "teacher"))
+    config, words = models.command_line(__doc__, ("student", "teacher"), ("module",))
     if words.dry_run:
         return models.dry_run(config)
     role = words.role
@@ -87,6 +89,7 @@ def main():
     if alpha:
         teacher = models.build(config, "teacher").to(device).requires_grad_(False).eval()
         models.load_weights(teacher, models.needed(config, "teacher"))
+        # a teacher that was not incubated in this meta model does not fit it: it would show here
         hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process)
         models.say(process, f"distill: validation top-1 of the teacher hybrids {hybrids}")
     whole = models.build(config, role)
@@ -111,16 +114,17 @@ def main():
                f"{c['lr'] * total_batch / 512:g}" + (f", resumed at step {step}" if resumed else ""))
 
     while step < c["epochs"] * steps:
-        epoch, began, stop = step // steps, time.time(), False
+        epoch, first, began, stop = step // steps, step % steps, time.time(), False
         for student in students.values():
             student.train()
-        batches = data.train_batches(train, config, stage, epoch, process, start_step=step % steps)
-        bar = tqdm(batches, f"{stage} {epoch + 1}/{c['epochs']}", (steps - step % steps) * c["accumulate"],
+        batches = data.train_batches(train, config, stage, epoch, process, start_step=first)
+        bar = tqdm(batches, f"{stage} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
                    disable=models.quiet(process), leave=False)
         for k, (images, targets) in enumerate(bar):
             with models.autocast(config, device), torch.no_grad():
                 hidden = meta.hidden_states(images)  # h_0 = images, h_1 … h_{L-1}: one run of M serves all pairs
             for i in todo:
+                # drop path, code jitter and the like: a module gets the same noise alone as among all others
                 models.seed_noise(config, stage, i, step, k % c["accumulate"], process.rank)
                 with models.autocast(config, device):
                     logits = meta.rest(i + 1, parallel[i](hidden[i]))  # M_L ∘ … ∘ M_{i+2} ∘ post ∘ S_{i+1} ∘ pre
@@ -128,10 +132,10 @@ def main():
                     if teacher:
                         with torch.no_grad():
                             teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i]))  # M_L ∘ … ∘ M_{i+2} ∘ T_{i+1}
-                        # L = (1−α)·CE(student, y) + α·KD(student, teacher)
+                        # L = (1−α)·CE(student hybrid, y) + α·KD(student hybrid, teacher hybrid)
                         loss = (1 - alpha) * loss + alpha * kd(logits, teacher_logits, d["tau"], d["kind"],
                                                                d["reduction"])
-                    total = loss + models.balance_loss(students[i])
+                    total = loss + models.regularizer(students[i], config)
                 (total / c["accumulate"]).backward()
                 correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
                 own[i] += torch.stack([loss.detach() * len(images), correct, correct.new_tensor(len(images))])
@@ -157,7 +161,7 @@ def main():
                 loss_sum, correct, images = data.sum_over_processes(sums[i]).sum(0).tolist()
                 lines.append({"stage": stage, "module": i, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
                               "top1": 100 * correct / images, "val_top1": validated[i], "lr": lr,
-                              "images_per_second": images / trained,  # of the pass, which serves all modules …
+                              "images_per_second": (steps - first) * total_batch / trained,  # of the pass, which serves all modules …
                               "seconds": (time.time() - began) / len(todo),  # … and a module's share of its time
                               **models.expert_load(students[i])})
                 sums[i].zero_()
@@ -174,6 +178,7 @@ def main():
     if main_process:
         for i in todo:
             models.save_finished(config, stage, f"{role}_modules/{i}.pt", students[i].state_dict())
+        models.remove(config, name)
     del parallel  # before the process group that it uses, or leaving can hang
     data.close()
 

@@ -27,7 +27,7 @@ ROLES = ("student", "meta", "teacher", "baseline", "baseline_kd", "all")
 def main():
     if "--report" in sys.argv:
         return report(sys.argv[sys.argv.index("--report") + 1:])
-    config, words = models.command_line(__doc__, ROLES)
+    config, words = models.command_line(__doc__, ROLES, ("checkpoint",))
     if words.dry_run:
         return models.dry_run(config)
     process = data.setup(config["device"])
@@ -92,10 +92,10 @@ def keep_result(folder, result):
     models.write_text(path, json.dumps(results, indent=1))
 
 
-# stages whose time is a model's own; and those before it
-OWN = {"meta": ["meta"], "teacher": ["incubate", "teacher"], "student": ["distill", "student"], "baseline": ["baseline"],
-       "baseline_kd": ["baseline_kd"]}
-BEFORE = {"teacher": ["meta"], "student": ["meta", "incubate", "teacher"], "baseline_kd": ["meta", "incubate", "teacher"]}
+# role: the stages whose time is the model's own, and those that come before it
+STAGES = {"meta": (["meta"], []), "teacher": (["incubate", "teacher"], ["meta"]),
+          "student": (["distill", "student"], ["meta", "incubate", "teacher"]), "baseline": (["baseline"], []),
+          "baseline_kd": (["baseline_kd"], ["meta", "incubate", "teacher"])}
 
 
 def report(folders):
@@ -111,17 +111,18 @@ def report(folders):
             results = json.loads((folder / "results.json").read_text())
         except OSError:
             continue  # not a run, or not evaluated yet
-        seconds = {}
-        for log in (Path(config["share"] or "", "log.jsonl"), folder / "log.jsonl"):
-            lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-            seconds.update({stage: sum(line["seconds"] for line in lines if line["stage"] == stage)
-                            for stage in {line["stage"] for line in lines}})
+        logs = [[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+                for log in (folder / "log.jsonl", Path(config["share"] or "", "log.jsonl"))]
+        own = {line["stage"] for line in logs[0]}
+        # by stage, module, epoch: a stage that was forced again counts once, and a shared one only if the run has none
+        spent = {(line["stage"], line.get("module"), line["epoch"]): line["seconds"]
+                 for line in [line for line in logs[1] if line["stage"] not in own] + logs[0]}
         for role in {r["role"] for r in results}:
             made = json.loads(models.settings(config, role))
             seed = made.pop("seed")
             top1 = {r["set"]: r["top1"] for r in results if r["role"] == role}
-            spent = [sum(seconds.get(s, 0) for s in stages[role]) for stages in (OWN, {**dict.fromkeys(OWN, []), **BEFORE})]
-            rows.setdefault((role, json.dumps(made)), {})[seed] = (top1, spent)
+            cost = [sum(s for (stage, *_), s in spent.items() if stage in stages) for stages in STAGES[role]]
+            rows.setdefault((role, json.dumps(made)), {})[seed] = (top1, cost)
     if not rows:
         raise models.UserError(f"no results in {', '.join(map(str, folders)) or 'no folder'}: run evaluate.py first.")
     sets = list(dict.fromkeys(name for runs in rows.values() for top1, _ in runs.values() for name in top1))
@@ -131,7 +132,7 @@ def report(folders):
         group = {made: runs for (r, made), runs in rows.items() if r == role}
         for made, runs in group.items():
             cells = [mean_std([top1[name] for top1, _ in runs.values() if name in top1]) for name in sets]
-            own, before = (statistics.mean(spent[i] for _, spent in runs.values()) for i in (0, 1))
+            own, before = (statistics.mean(cost[i] for _, cost in runs.values()) for i in (0, 1))
             print(f"| {role}{named(made, group)} | {' | '.join(cells)} | {len(runs)} | {own:.0f} | {before:.0f} |")
 
 

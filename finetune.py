@@ -8,7 +8,7 @@
     torchrun --nproc_per_node=8 finetune.py --config configs/imagenet_vmoe.yaml role=meta
 
 Writes <output_dir>/<role>.pt. Skips what is finished, resumes what is not; key=value overrides any key of the config.
-`diff finetune.py distill_module.py` is the method.
+distill_module.py has the same loop for modules inside the meta model: `diff finetune.py distill_module.py`.
 """
 
 import time
@@ -30,7 +30,7 @@ def soft_target_ce(logits, targets):
 def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmean"):
     """Knowledge distillation: soft, a KL divergence at temperature τ, or hard, the teacher's choice as label. B K, B K -> ().
 
-    reduction: batchmean divides by B; mean, the original's choice, by B·K, which is weak beside the cross entropy.
+    reduction (of soft): batchmean divides by B; mean, the paper's code, by B·K, which is weak beside the cross entropy.
     """
     if kind == "hard":
         return F.cross_entropy(student_logits, teacher_logits.argmax(-1))
@@ -92,10 +92,10 @@ def main():
                + (f", resumed at step {step}" if resumed else ""))
 
     while step < c["epochs"] * steps:
-        epoch, began, stop = step // steps, time.time(), False
+        epoch, first, began, stop = step // steps, step % steps, time.time(), False
         model.train()
-        batches = data.train_batches(train, config, stage, epoch, process, start_step=step % steps)
-        bar = tqdm(batches, f"{role} {epoch + 1}/{c['epochs']}", (steps - step % steps) * c["accumulate"],
+        batches = data.train_batches(train, config, stage, epoch, process, start_step=first)
+        bar = tqdm(batches, f"{role} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
                    disable=models.quiet(process), leave=False)
         for k, (images, targets) in enumerate(bar):
             models.seed_noise(config, role, step, k % c["accumulate"], process.rank)
@@ -130,7 +130,7 @@ def main():
             trained = time.time() - began
             lines = [{"stage": role, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
                       "top1": 100 * correct / images, "val_top1": accuracy(model, validation, config, process),
-                      "lr": lr, "images_per_second": images / trained, "seconds": time.time() - began,
+                      "lr": lr, "images_per_second": (steps - first) * total_batch / trained, "seconds": time.time() - began,
                       **models.expert_load(model)}]
             sums.zero_()
         data.sum_over_processes(sums)  # all rows for rank 0's file; zeros after a whole epoch
@@ -143,6 +143,7 @@ def main():
 
     if main_process:
         models.save_finished(config, role, f"{role}.pt", model.state_dict())
+        models.remove(config, f"{role}.unfinished.pt")
     del parallel  # before the process group that it uses, or leaving can hang
     data.close()
 

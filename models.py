@@ -89,12 +89,12 @@ class MoE(nn.Module):
     No token is dropped unless `capacity` > 0: then an expert takes at most capacity · k · T / E tokens of a training
     batch (V-MoE's capacity factor; the first come, a token that is turned away keeps only its residual).
     With `balance` > 0 training adds V-MoE's router noise and leaves its auxiliary loss in `self.aux`.
-    `self.load` holds the share of (token, choice) pairs that each expert got in the last batch.
+    `self.load` is the share of (token, choice) pairs that each expert got in the last training batch.
     """
 
     def __init__(self, width, hidden, experts, top_k=2, balance=0.0, capacity=0.0):
         super().__init__()
-        self.top_k, self.balance, self.capacity = top_k, balance, capacity
+        self.top_k, self.balance, self.capacity, self.load = top_k, balance, capacity, torch.zeros(experts)
         self.router = nn.Linear(width, experts)
         self.fc1_weight = nn.Parameter(torch.empty(experts, hidden, width))
         self.fc1_bias = nn.Parameter(torch.zeros(experts, hidden))
@@ -119,7 +119,8 @@ class MoE(nn.Module):
         chosen = chosen.flatten()
         order = chosen.argsort(stable=True)
         load = chosen.bincount(minlength=E)
-        self.load = load.detach() / len(chosen)
+        if self.training:
+            self.load = load / len(chosen)
         experts = zip(x[order // k].split(load.tolist()), self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         out = torch.cat([F.linear(F.gelu(F.linear(t, w1, b1)), w2, b2) for t, w1, b1, w2, b2 in experts])  # T·k D
         if self.training and self.capacity:
@@ -676,22 +677,17 @@ def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
 
 
 def regularizer(model, config):
-    """What the student's training adds to the loss: the NAC's graph regulariser, the V-MoE's balance loss; or 0."""
-    student = config["student"]
-    if isinstance(model, NAC) and student["regularizer"]:
-        if student["graph"] == "planted_partition":
-            return student["regularizer"] * block_model(model, student["sbm_groups"])
-        return student["regularizer"] * hinge_repulsion(model)
-    return balance_loss(model)
-
-
-def balance_loss(model):
-    """Sum of the auxiliary losses of a model's mixtures; 0 without balance loss."""
-    return sum(m.aux for m in model.modules() if isinstance(m, MoE) and m.balance)
+    """What training adds to the loss: a NAC's graph regulariser, the balance losses of mixtures; else 0."""
+    weight = config["student"]["regularizer"]
+    if not isinstance(model, NAC) or not weight:
+        return sum(m.aux for m in model.modules() if isinstance(m, MoE) and m.balance)
+    if config["student"]["graph"] == "planted_partition":
+        return weight * block_model(model, config["student"]["sbm_groups"])
+    return weight * hinge_repulsion(model)
 
 
 def expert_load(model):
-    """For the log: each mixture's share of tokens by expert in the last batch, one row a layer; {} without experts."""
+    """For the log: each mixture's share of tokens by expert, last training batch, one row a layer; {} without experts."""
     load = [[round(share, 3) for share in m.load.tolist()] for m in model.modules() if isinstance(m, MoE)]
     return {"expert_load": load} if load else {}
 
@@ -1306,11 +1302,9 @@ def load_weights(model, path):
 
     timm / DeiT state dicts, Deep Incubation's files, the original's V-MoE, NAC and single modules. A ViT's position
     grid of another image size is resized. Raises UserError (a ValueError) naming the first tensor that is missing,
-    unexpected or of another shape; the model is then unchanged. Returns the file's content.
+    unexpected or of another shape; the model is then unchanged.
     """
-    content = read(path)
-    load_state(model, unwrap(content, path), path)
-    return content
+    load_state(model, unwrap(read(path), path), path)
 
 
 def load_state(model, state, path):
@@ -1335,13 +1329,13 @@ def load_state(model, state, path):
 # A run's folder: which stage made which file, with which settings
 
 # stage: the keys that its result depends on (a stage depends on all before it)
-MADE_FROM = {"meta": ["seed", "data", "meta", "train.meta"]}
+MADE_FROM = {"meta": ["seed", "precision", "data", "meta", "train.meta"]}
 MADE_FROM["incubate"] = MADE_FROM["assemble_teacher"] = MADE_FROM["meta"] + ["teacher", "train.incubate"]
 MADE_FROM["teacher"] = MADE_FROM["incubate"] + ["train.teacher"]
 MADE_FROM["distill"] = MADE_FROM["teacher"] + ["student", "distill", "train.distill"]
 MADE_FROM["assemble_student"] = MADE_FROM["distill"] + ["target"]
 MADE_FROM["student"] = MADE_FROM["assemble_student"] + ["train.student"]
-MADE_FROM["baseline"] = ["seed", "data", "target", "student", "train.student", "train.baseline_epochs"]
+MADE_FROM["baseline"] = ["seed", "precision", "data", "target", "student", "train.student", "train.baseline_epochs"]
 MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
 # what does not change a result; and what matters only once the student is whole
 IDLE = tuple(f"{block}.{k}" for block in ("data", "target") for k in ("root", "workers", "test_images", "robustness"))
@@ -1360,11 +1354,11 @@ def settings(config, stage):
 def difference(content, config, stage):
     """In words, the first setting in which a checkpoint differs from the config; None if there is no difference."""
     try:
-        old = json.loads(content["settings"])
-        old.get
-    except (KeyError, TypeError, ValueError, AttributeError):
+        old, new = json.loads(content["settings"]), json.loads(settings(config, stage))
+    except (KeyError, TypeError, ValueError):
+        old = None
+    if not isinstance(old, dict):
         return "settings that it does not tell"
-    new = json.loads(settings(config, stage))
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
             return f"{key}={json.dumps(old.get(key))} instead of {json.dumps(new.get(key))}"
@@ -1402,6 +1396,9 @@ def needed(config, role, stage=None, name=None):
 
 def begin(config, process):
     """Makes the run's folder with the resolved config; from here on SIGTERM asks the loop to save and leave."""
+    for name in config["data"]["robustness"]:  # first used when all is trained, so look now
+        if name != "renditions" and not Path(name).is_dir():
+            raise UserError(f"data.robustness has {name}, which is not a folder; data.robustness=[] goes without.")
     signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
     if process.rank == 0:
         folder = Path(config["output_dir"])
@@ -1431,6 +1428,11 @@ def save_finished(config, stage, name, state):
     """Writes a stage's result: the weights, and the settings that they were made with."""
     path = Path(config["output_dir"], name)
     save(path, {"model": check_weights(state, path), "settings": settings(config, stage)})
+
+
+def remove(config, name):
+    """Removes a file of the run, if it is there: what was unfinished and is finished now."""
+    Path(config["output_dir"], name).unlink(missing_ok=True)
 
 
 def add_log(config, process, lines):
@@ -1524,8 +1526,9 @@ def quiet(process):
     return process.rank > 0 or not sys.stderr.isatty()
 
 
-def count(module, trainable=True):
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+def count(module):
+    """Trainable parameters."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def images_of(d):
@@ -1537,6 +1540,8 @@ def images_of(d):
 def dry_run(config):
     """Builds every model of the config without weights, and prints the table of stages: what trains, how long, how fast."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if os.environ.get("RANK", "0") != "0":
+        return
     with torch.device("meta"):
         size = {role: count(build(on_target(config, role), role)) for role in ("meta", "teacher", "student", "baseline")}
         for role, stage in (("teacher", "incubate"), ("student", "distill")):
@@ -1555,8 +1560,9 @@ def dry_run(config):
               f"{c['lr'] * batch / 512:10.2g} → {c['min_lr'] * (batch / 512 if c['scale_min_lr'] else 1):.2g}")
 
 
-def command_line(doc, roles):
-    """Parses `--config FILE [--dry-run] [key=value …]`. Returns (config, words): words.role, .module, .force, .dry_run."""
+def command_line(doc, roles, more=()):
+    """Parses `--config FILE [--dry-run] [key=value …]`. Returns the config, and the words of the command line alone:
+    words.role, .force, .dry_run, and what a script names in `more` (module, checkpoint)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--dry-run", action="store_true", help="build everything without weights, print the stages")
@@ -1575,7 +1581,7 @@ def command_line(doc, roles):
             if value not in ("true", "false"):
                 raise UserError(f"force={value} is not allowed: it must be true or false.")
             words.force = value == "true"
-        elif key in ("module", "checkpoint") and f"{key}=" in doc:  # only distill_module has modules, for example
+        elif key in more:
             setattr(words, key, value)
         else:
             rest.append(item)

@@ -399,10 +399,10 @@ def test_balance_loss_is_off_by_default_and_in_evaluation():
     vit = dict(image_size=8, patch=4, width=8, heads=2, depths=[1, 1], classes=3)
     images = torch.randn(2, 3, 8, 8)
     model = models.ViT(**vit, moe=dict(experts=4))
-    assert model(images) is not None and models.balance_loss(model) == 0
+    assert model(images) is not None and models.regularizer(model, {"student": {"regularizer": 0}}) == 0
     model = models.ViT(**vit, moe=dict(experts=4, balance=0.1))
     assert not torch.equal(model(images), model(images))  # router noise
-    loss = models.balance_loss(model)
+    loss = models.regularizer(model, {"student": {"regularizer": 0}})
     loss.backward()
     assert loss > 0 and model.blocks[0].moe.router.weight.grad.norm() > 0
     assert torch.equal(model.eval()(images), model(images))
