@@ -31,6 +31,8 @@ import data
 import models
 from conftest import ROOT
 
+models.remove = lambda config, name: None  # in forks finished stages leave their last optimiser's state, to be compared
+
 STAGE = dict(epochs=2, batch=8, accumulate=2, lr=0.05, warmup=0.5, clip=1, drop_path=0.2)  # 4 steps of 16 images
 VIT = dict(patch=8, width=16, heads=2, mlp_ratio=2, init_std=0.1)
 CONFIG = {
@@ -600,7 +602,8 @@ def test_a_command_stopped_by_sigterm_goes_on_with_the_line_it_prints(tmp_path):
     assert again.returncode == 0 and "resumed at step" in again.stdout, again
     whole = write_config(tmp_path / "unbroken")
     run("finetune", whole, *words)
-    same_run(tmp_path / "broken run/run", tmp_path / "unbroken/run", "finetune", "meta")
+    assert torch.equal(weights(tmp_path / "broken run/run/meta.pt"), weights(tmp_path / "unbroken/run/meta.pt"))
+    assert not (tmp_path / "broken run/run/meta.unfinished.pt").exists()
 
 
 def torchrun(processes, *words, options=()):
