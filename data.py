@@ -1,4 +1,4 @@
-"""Data for every stage: sets, splits, transforms, mixup, sharding over processes, robustness sets, few-shot episodes.
+"""Data for every stage: sets, splits, transforms, mixup, sharding over processes, robustness sets.
 
     config = models.load_config("configs/demo_nac.yaml")
     process = data.setup()                                            # device, rank, world: one process or torchrun's
@@ -792,27 +792,3 @@ def _loader(dataset, batch, workers, device):
         if isinstance(images, UserError):
             raise images
         yield images.to(device, non_blocking=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Few-shot
-
-
-def episodes(labels, ways, shots, queries, count, seed):
-    """`count` few-shot episodes out of a set's labels (N), a pure function of the arguments.
-
-    Yields support (ways·shots indices), query (ways·queries indices) and classes (the `ways` labels), LongTensors; both
-    index lists run class by class in the order of `classes` and share no image. shots and queries are per class.
-    """
-    labels = torch.as_tensor(labels).numpy()
-    members = {c: np.flatnonzero(labels == c) for c in np.unique(labels)}
-    large = [c for c, indices in members.items() if len(indices) >= shots + queries]
-    if len(large) < ways:
-        raise UserError(f"{ways} ways of {shots} shots and {queries} queries need {ways} classes of at least "
-                        f"{shots + queries} images, but only {len(large)} are that large; ask for fewer")
-    for episode in range(count):
-        rng = _rng(seed, "few-shot", episode)
-        classes = rng.choice(large, ways, replace=False)
-        drawn = np.stack([rng.permutation(members[c])[:shots + queries] for c in classes])   # ways, shots + queries
-        yield tuple(torch.from_numpy(v.astype(np.int64)) for v in
-                    (drawn[:, :shots].ravel(), drawn[:, shots:].ravel(), classes))

@@ -578,23 +578,6 @@ def test_randaugment_draws_operations_levels_and_signs_as_said(monkeypatch):
 # Few-shot and processes
 
 
-def test_episodes_are_seeded_disjoint_and_complete():
-    labels = torch.arange(90) % 9
-    labels[labels == 8] = 7                                                   # classes 0–6 have 10 images, 7 has 20
-    drawn = list(data.episodes(labels, ways=4, shots=2, queries=6, count=20, seed=1))
-    assert len(drawn) == 20
-    for support, query, classes in drawn:
-        assert len(set(classes.tolist())) == 4
-        assert labels[support].tolist() == classes.repeat_interleave(2).tolist()
-        assert labels[query].tolist() == classes.repeat_interleave(6).tolist()
-        assert len(set(support.tolist()) | set(query.tolist())) == 4 * 8
-    again = list(data.episodes(labels, 4, 2, 6, 20, seed=1))
-    assert all(torch.equal(a, b) for one, two in zip(drawn, again) for a, b in zip(one, two))
-    assert len({tuple(sorted(c.tolist())) for _, _, c in drawn}) > 5
-    with pytest.raises(UserError, match="only 1 are that large"):
-        next(data.episodes(labels, 4, 2, 9, 1, seed=1))
-
-
 def test_one_process_needs_no_group(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
