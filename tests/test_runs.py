@@ -218,7 +218,8 @@ def same_bits(one, two, names):
 
 
 def same_run(one, two, script, role):
-    same_bits(one, two, files_of(script, role))
+    same_bits(one, two, [f for f in files_of(script, role)  # what was unfinished is gone where real commands ran
+                         if "unfinished" not in f or (one / f).exists() or (two / f).exists()])
     assert log(one, stage_of(script, role)) == log(two, stage_of(script, role))
 
 
