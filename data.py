@@ -1,4 +1,4 @@
-"""Data for every stage: sets, splits, transforms, mixup, sharding over processes, robustness sets.
+"""Data for every stage: sets, splits, transforms, mixup, sharding over processes, robustness sets, few-shot episodes.
 
     config = models.load_config("configs/demo_nac.yaml")
     process = data.setup()                                            # device, rank, world: one process or torchrun's
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from models import STOP, UserError
+from models import DRAWN, STOP, UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, used for every set
 FILL = tuple(round(255 * m) for m in MEAN)                 # colour of what a rotation or shear moves into the image
@@ -143,7 +143,7 @@ def load(config, split, stage=None):
         pool = _pool(options, split)
         order = np.random.default_rng(seed).permutation(len(pool))
         count, held_out = options["train_images"], options["validation_images"]
-        if options["set"] != "glyphs":
+        if options["set"] not in DRAWN:
             if held_out + max(count, 1) > len(pool):
                 raise UserError(f"data.train_images {count} and data.validation_images {held_out} ask for more than "
                                 f"the {len(pool)} images of {options['set']}'s training pool; lower one of them")
@@ -178,7 +178,7 @@ def class_names(options):
 def _pool(options, split):
     """All images that a split is cut from: train and validation share one pool, but for glyphs, which are drawn."""
     name = options["set"]
-    if name == "glyphs":
+    if name in DRAWN:
         return _glyphs(options, split)
     part = "test" if split == "test" else "train"
     readers = {"fashion_mnist": _fashion_mnist, "cifar100": _cifar100, "cub": _cub, "tiny_imagenet": _folders,
@@ -206,21 +206,23 @@ def _root(options):
 # ---------------------------------------------------------------------------------------------------------------------
 # Glyphs: letters and digits drawn on the fly, so that the demo needs no download
 
-GLYPHS = "ABCDEFGHJKLMNPRSTWXYZ347"   # no pair that a small rotation or shear turns into each other (O Q 0, I 1, U V …)
+# no pair that a small rotation or shear turns into each other (O Q 0, I 1, U V …), no small letter that is a small capital
+GLYPHS = {"glyphs": "ABCDEFGHJKLMNPRSTWXYZ347", "lower_case": "abdefghijmnqrt"}
 FIRST_INDEX = {"train": 0, "validation": 1 << 40, "test": 2 << 40}   # splits never share an index, hence no image
 
 
 def _glyphs(options, split):
-    count, classes, size = options[f"{split}_images"], options["classes"] or len(GLYPHS), options["image_size"]
-    if not 1 < classes <= len(GLYPHS):
-        raise UserError(f"data.classes {classes} is not possible for glyphs; choose 2 to {len(GLYPHS)}")
+    characters, count, size = GLYPHS[options["set"]], options[f"{split}_images"], options["image_size"]
+    classes = options["classes"] or len(characters)
+    if not 1 < classes <= len(characters):
+        raise UserError(f"data.classes {classes} is not possible for {options['set']}; choose 2 to {len(characters)}")
     if count < 1:
-        raise UserError(f"data.{split}_images {count} draws no glyphs; give a number above 0")
+        raise UserError(f"data.{split}_images {count} draws no {options['set']}; give a number above 0")
     labels = np.arange(count) % classes
     images = np.empty((count, size, size, 3), np.uint8)
     for i, label in enumerate(labels):
-        images[i] = draw_glyph(label, FIRST_INDEX[split] + i, size)
-    return ImageSet(labels, GLYPHS[:classes], torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+        images[i] = draw_glyph(label, FIRST_INDEX[split] + i, size, characters)
+    return ImageSet(labels, characters[:classes], torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
 
 
 @functools.lru_cache(maxsize=None)
@@ -244,7 +246,7 @@ def _placed(character, size, scale, angle, shear, x, y):
                                                   Image.Resampling.BILINEAR)
 
 
-def draw_glyph(label, index, size=32):
+def draw_glyph(label, index, size=32, characters=GLYPHS["glyphs"]):
     """One glyph -> uint8 H W 3, a pure function of its arguments. About .2 ms at 32 x 32."""
     rng = np.random.default_rng(index)
     uniform = iter(rng.random(64).tolist())   # one call for all numbers: a call costs more than a number
@@ -263,13 +265,13 @@ def draw_glyph(label, index, size=32):
 
     # below the glyph: a faint piece of another letter, and dots; above it: a thin line
     canvas.paste(tuple(faint.astype(int).tolist()), (0, 0),
-                 _placed(GLYPHS[int(between(0, len(GLYPHS)))], size, scale=between(0.5, 0.9), angle=between(-3, 3),
+                 _placed(characters[int(between(0, len(characters)))], size, scale=between(0.5, 0.9), angle=between(-3, 3),
                          shear=0, x=between(0, size), y=between(0, size)))
     for colour in dots:
         x, y, radius = between(0, size), between(0, size), between(0.02, 0.06) * size
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
     canvas.paste(fore, (0, 0),
-                 _placed(GLYPHS[label], size, scale=between(0.85, 1.05), angle=between(-0.25, 0.25),
+                 _placed(characters[label], size, scale=between(0.85, 1.05), angle=between(-0.25, 0.25),
                          shear=between(-0.2, 0.2), x=between(0.45, 0.55) * size, y=between(0.45, 0.55) * size))
     draw.line([between(0, size) for _ in range(4)], fill=line, width=max(1, size // 32))
     noise = rng.integers(-10, 11, (size, size, 3), dtype=np.int16)
@@ -792,3 +794,27 @@ def _loader(dataset, batch, workers, device):
         if isinstance(images, UserError):
             raise images
         yield images.to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Few-shot
+
+
+def episodes(labels, ways, shots, queries, count, seed):
+    """`count` few-shot episodes out of a set's labels (N): a pure function of the arguments.
+
+    -> support (count, ways·shots) and query (count, ways·queries), indices into the set: class by class, in the same order,
+    `shots` and `queries` of each. No image is in both: an episode's images are drawn together, without replacement.
+    """
+    members = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    members = [indices for indices in members if len(indices) >= shots + queries]
+    if len(members) < ways:
+        raise UserError(f"few_shot.ways={ways} classes of {shots} shots and {queries} queries need {shots + queries} images "
+                        f"a class, but only {len(members)} classes of the set have as many; lower few_shot.ways or .shots")
+    drawn = []
+    for episode in range(count):
+        rng = _rng(seed, "few-shot", episode)
+        classes = rng.choice(len(members), ways, replace=False)
+        drawn.append([rng.permutation(members[c])[:shots + queries] for c in classes])
+    support, query = np.split(np.array(drawn), [shots], axis=2)   # count ways shots, count ways queries
+    return support.reshape(count, -1), query.reshape(count, -1)

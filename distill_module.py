@@ -89,9 +89,12 @@ def main():
     if alpha:
         teacher = models.build(config, "teacher").to(device).requires_grad_(False).eval()
         models.load_weights(teacher, models.needed(config, "teacher"))
-        # a teacher that was not incubated in this meta model does not fit it: it would show here
         hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process)
-        models.say(process, f"distill: validation top-1 of the teacher hybrids {hybrids}")
+        alone = accuracy(meta, {0: meta.parts[0]}, validation, config, process)[0]
+        models.say(process, f"distill: validation top-1 of the teacher hybrids {hybrids}, of the meta model {alone}")
+        if min(hybrids.values()) < alone / 2:
+            models.say(process, "warning: these teacher modules do not work inside this meta model; a teacher that was not "
+                       "incubated in it has little to teach here")
     whole = models.build(config, role)
     models.set_drop_path(whole, c["drop_path"])
     modules = models.cut(whole.to(device), config, role)

@@ -4,6 +4,7 @@
     python evaluate.py --config configs/demo_nac.yaml role=all                every finished model of the run, and a table
     python evaluate.py --config configs/demo_nac.yaml checkpoint=other.pt     these weights as the role's
     torchrun --nproc_per_node=8 evaluate.py --config configs/imagenet_vmoe.yaml role=baseline
+    python evaluate.py --config configs/demo_nac.yaml few_shot.set=cifar100 few_shot.root=FOLDER    on new classes, too
     python evaluate.py --report runs/demo_nac*                                mean ± std over seeds, as Markdown
 
 Writes <output_dir>/results.json, a list of {role, set, top1, top5, images, checkpoint}. Every image of a set counts
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import yaml
 
 import data
@@ -51,6 +53,8 @@ def main():
                 keep_result(folder, {"role": role, "set": name, "top1": top1, "top5": top5, "images": len(images),
                                      "checkpoint": str(path)})
             models.say(process, f"{role}, {name}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(images):,} images")
+        if c["few_shot"]["set"]:
+            few_shot(model, role, path, c, process)
     if words.role == "all" and process.rank == 0:
         report([folder])
     data.close()
@@ -79,6 +83,58 @@ def score(model, images, config, process):
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # B 5
         hits += torch.stack([best[:, 0].sum(), best.sum()])
     return (100 * data.sum_over_processes(hits) / len(images)).tolist()
+
+
+def few_shot(model, role, path, config, process):
+    """Accuracy on classes the model has not seen: of each episode's images a few are labelled, and a linear classifier is
+    trained on the frozen model's features of these alone. Keeps and prints mean ± 95 % interval over episodes."""
+    f = config["few_shot"]
+    options = {**config["data"], "set": f["set"], "root": f["root"], "classes": None, "test_images": f["images"]}
+    images = data.load({**config, "data": options}, "test")
+    features = features_of(model, images, config, process)
+    for shots in f["shots"]:
+        support, query = data.episodes(images.labels.numpy(), f["ways"], shots, 3 * shots, f["episodes"], config["seed"])
+        hits = linear_probe(features[support], features[query], f["ways"])  # episodes queries 2
+        accuracy = 100 * hits.float().mean(1)
+        top1, top5 = accuracy.mean(0).tolist()
+        interval = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
+        name = f"few-shot {f['set']} {shots} of {f['ways']}"
+        if process.rank == 0:
+            keep_result(Path(config["output_dir"]), {"role": role, "set": name, "top1": top1, "top5": top5, "images": len(images),
+                                                     "checkpoint": str(path), "ci95": interval, "episodes": len(accuracy)})
+        models.say(process, f"{role}, few-shot on {f['set']}, {f['ways']} ways, {shots} shots: top-1 {top1:.2f} ± {interval:.2f} % "
+                   f"(95 % interval of {len(accuracy)} episodes)")
+
+
+@torch.no_grad()
+def features_of(model, images, config, process):
+    """What the model's classifier is given, for every image, once. -> N D on every process."""
+    classifier, mine = model.pool.to_logits if isinstance(model, models.NAC) else model.head, []
+    hook = classifier.register_forward_pre_hook(lambda _, inputs: mine.append(inputs[0].float()))
+    for x, _ in data.eval_batches(images, config, process):
+        with models.autocast(config, process.device):
+            model(x)
+    hook.remove()
+    features = torch.zeros(len(images), classifier.in_features, device=process.device)
+    features[process.rank::process.world] = torch.cat(mine)  # eval_batches' share of each process
+    # of equal size for every model, so that one learning rate suits all
+    return F.layer_norm(data.sum_over_processes(features), features.shape[1:])
+
+
+def linear_probe(support, query, ways):
+    """Trains a linear classifier for each of E episodes, all side by side. support E ways·n D, query E ways·m D, both class
+    by class -> whether the label is among the best 1 and 5 of each query: E ways·m 2."""
+    E, D = len(support), support.shape[2]
+    weight = torch.zeros(E, D, ways, device=support.device, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=0.01)
+    labels = lambda x: torch.arange(ways, device=x.device).repeat_interleave(x.shape[1] // ways).expand(E, -1)  # E ways·n
+    for _ in range(100):
+        loss = F.cross_entropy((support @ weight).transpose(1, 2), labels(support), reduction="sum")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    hits = (query @ weight.detach()).topk(min(5, ways)).indices == labels(query)[..., None]
+    return torch.stack([hits[..., 0], hits.any(-1)], dim=-1)
 
 
 def keep_result(folder, result):

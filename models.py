@@ -921,7 +921,9 @@ FLAG = (lambda v: type(v) is bool), "true or false"
 TEXT = (lambda v: type(v) is str and v.isprintable() and len(v) < 256), "printable text of at most 255 characters"
 TEXTS = (lambda v: type(v) is list and all(type(x) is str for x in v)), "a list of texts"
 
-CLASSES = {"glyphs": 24, "fashion_mnist": 10, "tiny_imagenet": 200, "imagenet": 1000, "cifar100": 100, "cub": 200}
+CLASSES = {"glyphs": 24, "lower_case": 14, "fashion_mnist": 10, "tiny_imagenet": 200, "imagenet": 1000, "cifar100": 100,
+           "cub": 200}
+DRAWN = ("glyphs", "lower_case")  # sets of any size, drawn by Pillow
 TRAIN_IMAGES = {"glyphs": 5000, "fashion_mnist": 60000, "tiny_imagenet": 100000, "imagenet": 1281167,
                 "cifar100": 50000, "cub": 5994}
 
@@ -1014,6 +1016,13 @@ KEYS = {
     "student.graph_groups": (8, whole(2)),  # planted_partition, ring_of_cliques
     "student.sbm_groups": (8, whole(2)),  # of the block-model regulariser's target
     "student.regularizer": (0.0, number()),  # weight: .1 hinge repulsion, or 1 block model with planted_partition
+
+    "few_shot.set": (None, or_null(one_of(*CLASSES, "folder"))),  # classes that the model has not seen; null: no few-shot
+    "few_shot.root": ("", TEXT),
+    "few_shot.images": (0, whole()),  # of its test split; 0: all
+    "few_shot.ways": (8, whole(2)),  # classes of an episode
+    "few_shot.shots": ([1, 5], numbers(whole(1))),  # labelled images a class; three times as many are asked
+    "few_shot.episodes": (200, whole(2)),
 
     "distill.alpha": (0.5, number(0, 1)),  # loss = (1-α)·CE + α·KD
     "distill.tau": (1.0, number(0.01)),  # temperature
@@ -1141,7 +1150,7 @@ def check_fit(c):
     for key, value in c.items():
         if key.endswith(".resized_crop") and value:
             require(value[0] <= value[1], f"{key}={value} is not a range: write [smallest area, largest].")
-        if key.endswith(".images") and value:
+        if key.startswith("train.") and key.endswith(".images") and value:
             require(value[0] < value[1], f"{key}={value} is empty: write [first, stop] with first < stop.")
 
 
@@ -1300,11 +1309,31 @@ def resize_pos_embed(pos_embed, tokens):
 def load_weights(model, path):
     """Reads a whole model's (or one module's) weights into `model`: our own file or any format of other people's.
 
-    timm / DeiT state dicts, Deep Incubation's files, the original's V-MoE, NAC and single modules. A ViT's position
-    grid of another image size is resized. Raises UserError (a ValueError) naming the first tensor that is missing,
-    unexpected or of another shape; the model is then unchanged.
+    timm / DeiT state dicts, Deep Incubation's files, the original's V-MoE, NAC and single modules; for a ViT also a folder
+    with one file a module, ours or the original's. A ViT's position grid of another image size is resized. Raises UserError
+    (a ValueError) naming the first tensor that is missing, unexpected or of another shape; the model is then unchanged.
     """
-    load_state(model, unwrap(read(path), path), path)
+    state = join_modules(model, path) if Path(path).is_dir() else unwrap(read(path), path)
+    load_state(model, state, path)
+
+
+def join_modules(model, folder):
+    """The state dict of a whole ViT from a folder with one file a module, whose blocks are numbered from 0 in each."""
+    state, files = {}, {}
+    for file in sorted(Path(folder).glob("*.pt*")):
+        content = read(file)
+        index = content.get("block_index", file.stem) if isinstance(content, dict) else None
+        files[int(index) if str(index).isdecimal() else file.name] = unwrap(content, file)
+    parts = getattr(model, "parts", ())
+    if not parts or set(files) != set(range(len(parts))):
+        raise UserError(f"{folder} is a folder: it must hold one file for each of the modules 0 to {len(parts) - 1} of a ViT, "
+                        f"but it holds {sorted(map(str, files)) or 'none'}.")
+    first = 0  # number in the whole of the module's first block
+    for i, part in enumerate(parts):
+        for name, value in files[i].items():
+            state[re.sub(r"^blocks\.(\d+)", lambda k: f"blocks.{first + int(k[1])}", name)] = value
+        first += len(part.blocks)
+    return state
 
 
 def load_state(model, state, path):
@@ -1533,20 +1562,18 @@ def count(module):
 
 def images_of(d):
     """Training images of a data block, as far as they are known without looking; else 0."""
-    held_out = d["validation_images"] if d["set"] != "glyphs" else 0
+    held_out = d["validation_images"] if d["set"] not in DRAWN else 0
     return d["train_images"] or max(0, TRAIN_IMAGES.get(d["set"], 0) - held_out)
 
 
 def dry_run(config):
-    """Builds every model of the config without weights, and prints the table of stages: what trains, how long, how fast."""
+    """Builds every model of the config without weights, and prints the table of stages: what trains, how long, how fast,
+    and what it takes: GiB per process in float32."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if os.environ.get("RANK", "0") != "0":
         return
-    with torch.device("meta"):
-        size = {role: count(build(on_target(config, role), role)) for role in ("meta", "teacher", "student", "baseline")}
-        for role, stage in (("teacher", "incubate"), ("student", "distill")):
-            size[stage] = sum(map(count, cut(build(config, role), config, role)))
-    print(f"{'stage':12}{'parameters':>12}{'images':>11}{'epochs':>8}{'steps':>9}{'batch':>7}{'learning rate':>15}")
+    print(f"{'stage':8}{'parameters':>12}{'images':>11}{'epochs':>7}{'steps':>9}{'batch':>7}{'seen':>9}  {'learning rate':18}"
+          f"{'state':>6}{'activations':>12}")
     for stage in ("meta", "incubate", "teacher", "distill", "student", "baseline"):
         c = dict(config["train"]["student" if stage == "baseline" else stage])
         if stage == "baseline" and config["train"]["baseline_epochs"] is not None:
@@ -1556,8 +1583,48 @@ def dry_run(config):
             images = min(images or c["images"][1], c["images"][1]) - c["images"][0]
         batch = c["batch"] * world * c["accumulate"]
         steps = images // batch * c["epochs"] if images else "?"
-        print(f"{stage:12}{size[stage]:12,}{images or '?':>11,}{c['epochs']:8}{steps:>9}{batch:7}"
-              f"{c['lr'] * batch / 512:10.2g} → {c['min_lr'] * (batch / 512 if c['scale_min_lr'] else 1):.2g}")
+        seen = f"{steps * batch / 1e6:.2f} M" if images else "?"
+        low = c["min_lr"] * (batch / 512 if c["scale_min_lr"] else 1)
+        parameters, state, activations = memory(config, stage)
+        print(f"{stage:8}{parameters:12,}{images or '?':>11,}{c['epochs']:7}{steps:>9}{batch:7}{seen:>9}  "
+              f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations * c['batch'] / 2**30:12.2f}")
+    print("batch: of all processes and one step; seen: images in all, augmented copies too; GiB of a process in float32, state: "
+          "weights, gradients, AdamW's moments; activations: what the backward pass needs (bfloat16 with fused attention: half)")
+
+
+def memory(config, stage):
+    """Of a stage: trainable parameters, bytes of weights, gradients and moments, bytes that autograd keeps of an image."""
+    role = {"incubate": "teacher", "distill": "student"}.get(stage, stage)
+    # without weights a mixture cannot route tokens: a dense MLP that does the same work stands in for it
+    dense = {r: {**config[r], "experts": 0, "mlp_ratio": config[r]["mlp_ratio"] * config[r]["top_k"]}
+             if config[r]["experts"] else config[r] for r in ("meta", "teacher", "student")}
+
+    def kept(forward, image):
+        storages = {}
+
+        def pack(tensor):
+            if not isinstance(tensor, nn.Parameter):
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            forward(image).sum()
+        return sum(storages.values())
+
+    with torch.device("meta"):
+        c = config if stage in ("incubate", "distill") else on_target(config, role)
+        image = torch.zeros(1, 3, c["data"]["image_size"], c["data"]["image_size"])
+        whole, stand_in = build(c, role), build({**c, **dense}, role)
+        if stage == role or stage == "baseline":
+            return count(whole), 16 * count(whole), kept(stand_in, image)
+        meta, frozen = build({**c, **dense}, "meta").requires_grad_(False), count(build(config, "meta"))
+        if stage == "distill" and config["distill"]["alpha"]:
+            frozen += count(build(config, "teacher"))
+        parameters = sum(map(count, cut(whole, config, role)))
+        hidden = meta.hidden_states(image)
+        most = max(kept(lambda x: meta.rest(i + 1, module(x)), hidden[i])
+                   for i, module in enumerate(cut(stand_in, {**c, **dense}, role)))
+    return parameters, 16 * parameters + 4 * frozen, most
 
 
 def command_line(doc, roles, more=()):
