@@ -432,7 +432,11 @@ class LatentAttention(nn.Module):
         k, v = split(self.key(x, sender_codes)), split(self.value(x, sender_codes))
         if log_kernel is not None:
             log_kernel = log_kernel.to(q.dtype).view(-1, 1, *log_kernel.shape[-2:])  # one for all heads
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_kernel)
+        if log_kernel is None or q.is_cuda:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_kernel)
+        else:  # on a CPU no fused attention gives the kernel a gradient, and what stands in for it keeps the scores twice
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # B h U V
+            x = scores.add_(log_kernel).softmax(-1) @ v
         return self.gamma * self.exit(x.transpose(1, 2).flatten(2), receiver_codes)
 
 
@@ -1147,6 +1151,11 @@ def check_fit(c):
                     f"student.{key}={c[f'student.{key}']} leaves groups of fewer than two mediators.")
         require(c["student.graph_m"] < c["student.latents"][1],
                 f"student.graph_m={c['student.graph_m']} must be below the number of mediators.")
+    ways, shots, few = c["few_shot.ways"], max(c["few_shot.shots"]), c["few_shot.set"]
+    require(ways <= CLASSES.get(few, ways), f"few_shot.ways={ways} is more than the {CLASSES.get(few)} classes of {few}.")
+    require(few not in DRAWN or c["few_shot.images"] // CLASSES[few] >= 4 * shots,
+            f"few_shot.images={c['few_shot.images']} is too few for few_shot.shots={c['few_shot.shots']}: {shots} shots and "
+            f"{3 * shots} queries of {CLASSES.get(few)} classes need {4 * shots * CLASSES.get(few, 0)}.")
     for key, value in c.items():
         if key.endswith(".resized_crop") and value:
             require(value[0] <= value[1], f"{key}={value} is not a range: write [smallest area, largest].")

@@ -1,0 +1,89 @@
+"""Promises of few-shot evaluation: disjoint support and query, features computed once, only the classifier trained."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+import models
+from test_runs import CONFIG, STUDENTS, run, run_processes, write_config
+
+FEW = {"set": "lower_case", "images": 140, "ways": 3, "shots": [1, 2], "episodes": 20}  # 10 images of each of 14 letters
+
+
+def test_episodes_are_seeded_disjoint_and_complete():
+    labels = np.arange(90) % 9
+    labels[labels == 8] = 7                                                   # classes 0–6 have 10 images, 7 has 20
+    support, query = data.episodes(labels, ways=4, shots=2, queries=6, count=20, seed=1)
+    assert support.shape == (20, 8) and query.shape == (20, 24)
+    for s, q in zip(support, query):
+        classes = labels[s].reshape(4, 2)[:, 0]
+        assert len(set(classes)) == 4
+        assert labels[s].tolist() == classes.repeat(2).tolist() and labels[q].tolist() == classes.repeat(6).tolist()
+        assert len(set(s) | set(q)) == 4 * 8                                  # no image twice, none in both
+    again, other = data.episodes(labels, 4, 2, 6, 20, seed=1), data.episodes(labels, 4, 2, 6, 20, seed=2)
+    assert (again[0] == support).all() and (again[1] == query).all() and not (other[0] == support).all()
+    assert len({tuple(sorted(labels[s])) for s in support}) > 5
+    with pytest.raises(models.UserError, match="only 1 classes"):
+        data.episodes(labels, 4, 2, 9, 1, seed=1)
+
+
+def test_the_probe_learns_what_the_support_tells_and_nothing_else():
+    torch.manual_seed(0)
+    centres = torch.randn(6, 3, 32)                                           # E ways D
+    near = lambda n: (centres[:, :, None] + 0.1 * torch.randn(6, 3, n, 32)).flatten(1, 2)
+    assert evaluate.linear_probe(near(1), near(7), 3).all()
+    # support whose classes stand in another order teaches other labels: not one query is right
+    moved = near(1)[:, [1, 2, 0]]
+    assert not evaluate.linear_probe(moved, near(7), 3)[..., 0].any()
+    chance = evaluate.linear_probe(torch.randn(200, 8, 32), torch.randn(200, 24, 32), 8).float().mean((0, 1))
+    assert chance.tolist() == pytest.approx([1 / 8, 5 / 8], abs=0.03)
+
+
+def test_every_episode_is_its_own():
+    torch.manual_seed(0)
+    support, query = torch.randn(4, 6, 16), torch.randn(4, 9, 16)
+    together = evaluate.linear_probe(support, query, 3)
+    assert all(torch.equal(evaluate.linear_probe(support[i:i + 1], query[i:i + 1], 3)[0], together[i]) for i in range(4))
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_features_are_what_the_classifier_is_given(tmp_path, student):
+    config = models.load_config(write_config(tmp_path, student, few_shot=FEW))
+    model, process = models.build(config, "student").eval(), data.setup("cpu")
+    images = data.load(config, "test")
+    classifier = model.pool.to_logits if student == "nac" else model.head
+    kept, features = [], evaluate.features_of(model, images, config, process)
+    classifier.forward = lambda x: kept.append(x) or x
+    with torch.no_grad():
+        model(next(data.eval_batches(images, config, process))[0])
+    assert torch.allclose(features, F.layer_norm(kept[0], kept[0].shape[1:]), atol=1e-6)
+
+
+def test_the_command_keeps_mean_and_interval_and_any_number_of_processes_gives_the_same(tmp_path):
+    path = write_config(tmp_path, few_shot=FEW, data={**CONFIG["data"], "robustness": []})
+    run("finetune", path, "role=meta")
+    results = []
+    for world in (1, 3):
+        text = run("evaluate", path, "role=meta") if world == 1 else run_processes(3, "evaluate", path, "role=meta")[0]
+        results.append(json.loads((tmp_path / "run/results.json").read_text()))
+    test, one, two = results[0]
+    assert "few-shot on lower_case, 3 ways, 2 shots: top-1" in text and "±" in text
+    assert (one["set"], two["set"]) == ("few-shot lower_case 1 of 3", "few-shot lower_case 2 of 3")
+    for few in (one, two):
+        assert few["episodes"] == 20 and few["images"] == 140 and 0 < few["ci95"] < 20 and few["top5"] == 100
+    for a, b in zip(*results):
+        assert a["set"] == b["set"] and a["top1"] == pytest.approx(b["top1"], abs=0.5)
+
+
+@pytest.mark.parametrize("word, names", [("few_shot.ways=15", "few_shot.ways"), ("few_shot.shots=[3]", "few_shot.shots"),
+                                         ("few_shot.set=cub", "data.root")])
+def test_what_cannot_be_asked_is_one_sentence(tmp_path, word, names):
+    path = write_config(tmp_path, few_shot=FEW, data={**CONFIG["data"], "robustness": []})
+    run("finetune", path, "role=meta")  # the drawn sets' numbers are checked before anything runs, the others' when they are read
+    text = run("evaluate", path, "role=meta", word, expect=2)
+    assert names in text.splitlines()[-1] and "Traceback" not in text, text
