@@ -1329,7 +1329,7 @@ def load_weights(model, path):
 def join_modules(model, folder):
     """The state dict of a whole ViT from a folder with one file a module, whose blocks are numbered from 0 in each."""
     state, files = {}, {}
-    for file in sorted(Path(folder).glob("*.pt*")):
+    for file in sorted(file for file in Path(folder).glob("*.pt*") if "unfinished" not in file.name):
         content = read(file)
         index = content.get("block_index", file.stem) if isinstance(content, dict) else None
         files[int(index) if str(index).isdecimal() else file.name] = unwrap(content, file)
@@ -1594,46 +1594,49 @@ def dry_run(config):
         steps = images // batch * c["epochs"] if images else "?"
         seen = f"{steps * batch / 1e6:.2f} M" if images else "?"
         low = c["min_lr"] * (batch / 512 if c["scale_min_lr"] else 1)
-        parameters, state, activations = memory(config, stage)
+        parameters, state, activations = memory(config, stage, c["batch"])
         print(f"{stage:8}{parameters:12,}{images or '?':>11,}{c['epochs']:7}{steps:>9}{batch:7}{seen:>9}  "
-              f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations * c['batch'] / 2**30:12.2f}")
+              f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations / 2**30:12.2f}")
     print("batch: of all processes and one step; seen: images in all, augmented copies too; GiB of a process in float32, state: "
           "weights, gradients, AdamW's moments; activations: what the backward pass needs (bfloat16 with fused attention: half)")
 
 
-def memory(config, stage):
-    """Of a stage: trainable parameters, bytes of weights, gradients and moments, bytes that autograd keeps of an image."""
+def memory(config, stage, batch):
+    """Of a stage: trainable parameters, bytes of weights, gradients and moments, bytes that autograd keeps of a batch."""
     role = {"incubate": "teacher", "distill": "student"}.get(stage, stage)
+    alone = stage == role or stage == "baseline"  # a whole model, not modules in the meta model
+    c = on_target(config, role) if alone else config
     # without weights a mixture cannot route tokens: a dense MLP that does the same work stands in for it
-    dense = {r: {**config[r], "experts": 0, "mlp_ratio": config[r]["mlp_ratio"] * config[r]["top_k"]}
-             if config[r]["experts"] else config[r] for r in ("meta", "teacher", "student")}
+    dense = {**c, **{r: {**c[r], "experts": 0, "mlp_ratio": c[r]["mlp_ratio"] * c[r]["top_k"]}
+                     for r in ("meta", "teacher", "student") if c[r]["experts"]}}
 
-    def kept(forward, image):
-        storages = {}
+    def kept(forward, x, *modules):
+        storages, weights = {}, {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
 
         def pack(tensor):
-            if not isinstance(tensor, nn.Parameter):
-                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            forward(image).sum()
-        return sum(storages.values())
+            forward(x).sum()
+        return sum(size for storage, size in storages.items() if storage not in weights)
 
     with torch.device("meta"):
-        c = config if stage in ("incubate", "distill") else on_target(config, role)
-        image = torch.zeros(1, 3, c["data"]["image_size"], c["data"]["image_size"])
-        whole, stand_in = build(c, role), build({**c, **dense}, role)
-        if stage == role or stage == "baseline":
-            return count(whole), 16 * count(whole), kept(stand_in, image)
-        meta, frozen = build({**c, **dense}, "meta").requires_grad_(False), count(build(config, "meta"))
+        whole, stand_in = build(c, role), build(dense, role)
+        meta = build(dense, "meta").requires_grad_(False)
+        modules = [whole] if alone else cut(whole, config, role)
+        stand_ins = [stand_in] if alone else cut(stand_in, dense, role)
+        one, two = [], []  # bytes for one image and for two, of each module's hybrid: some do not grow with the batch
+        for images, most in ((1, one), (2, two)):
+            hidden = meta.hidden_states(torch.zeros(images, 3, c["data"]["image_size"], c["data"]["image_size"]))
+            for i, module in enumerate(stand_ins):
+                hybrid = module if alone else lambda x: meta.rest(i + 1, module(x))
+                most.append(kept(hybrid, hidden[i], meta, module))
+        parameters = sum(map(count, modules))
+        frozen = 0 if alone else sum(p.numel() for p in build(config, "meta").parameters())
         if stage == "distill" and config["distill"]["alpha"]:
             frozen += count(build(config, "teacher"))
-        parameters = sum(map(count, cut(whole, config, role)))
-        hidden = meta.hidden_states(image)
-        most = max(kept(lambda x: meta.rest(i + 1, module(x)), hidden[i])
-                   for i, module in enumerate(cut(stand_in, {**c, **dense}, role)))
-    return parameters, 16 * parameters + 4 * frozen, most
+    return parameters, 16 * parameters + 4 * frozen, max(a + (batch - 1) * (b - a) for a, b in zip(one, two))
 
 
 def command_line(doc, roles, more=()):

@@ -1,0 +1,112 @@
+"""Promises of --dry-run: nothing is allocated, the stages' numbers are those of the run, memory is about what it will be."""
+
+import re
+
+import pytest
+import torch
+
+import models
+from conftest import ROOT
+from test_runs import CONFIG, run, write_config
+
+DEMOS = [ROOT / f"configs/{name}.yaml" for name in ("demo_nac", "demo_vmoe")]
+
+
+def kept_for_backward(model, images):
+    """Bytes that autograd really keeps, apart from weights."""
+    sizes, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(images)
+    return sum(size for place, size in sizes.items() if place not in weights), out
+
+
+@pytest.mark.parametrize("path", DEMOS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("stage", ["meta", "teacher", "student"])
+def test_memory_is_about_what_a_real_step_keeps(path, stage):
+    config = models.load_config(path)
+    model = models.build(config, stage)
+    real = kept_for_backward(model, torch.randn(32, 3, 32, 32))[0]
+    parameters, state, activations = models.memory(config, stage, 32)
+    assert parameters == models.count(model) and state == 16 * parameters
+    # what a mixture keeps besides a dense MLP's states is not counted
+    assert activations == pytest.approx(real, rel=0.4 if (path.stem, stage) == ("demo_vmoe", "student") else 0.15)
+
+
+def test_modules_count_the_frozen_models_and_the_largest_hybrid():
+    config = models.load_config(DEMOS[0])
+    meta, teacher = (sum(p.numel() for p in models.build(config, role).parameters()) for role in ("meta", "teacher"))
+    parameters, state, activations = models.memory(config, "distill", 32)
+    assert state == 16 * parameters + 4 * (meta + teacher)
+    assert models.memory({**config, "distill": {**config["distill"], "alpha": 0}}, "distill", 32)[1] == state - 4 * teacher
+    module = models.cut(models.build(config, "student"), config, "student")[1]
+    frozen = models.build(config, "meta").requires_grad_(False)
+    hybrid = torch.nn.Sequential(module, frozen.parts[2])
+    assert activations >= 0.85 * kept_for_backward(hybrid, torch.randn(32, 17, 64))[0]
+
+
+def test_the_table_says_what_the_run_then_does(tmp_path):
+    path = write_config(tmp_path, "nac")
+    table = run("finetune", path, "--dry-run")
+    assert [line.split()[0] for line in table.splitlines()[1:7]] == ["meta", "incubate", "teacher", "distill", "student", "baseline"]
+    _, parameters, images, epochs, steps, batch, *_ = table.splitlines()[1].split()
+    text = run("finetune", path, "role=meta")
+    said = re.search(r"meta: ([\d,]+) parameters, (\d+) images, (\d+) epochs of (\d+) steps of (\d+) images", text)
+    assert (parameters, images, epochs, batch) == (said[1], said[2], said[3], said[5])
+    assert int(steps) == int(said[3]) * int(said[4])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A teacher as a folder with one file a module
+
+
+def write_modules(folder, teacher, original):
+    folder.mkdir(parents=True)
+    for i, part in enumerate(teacher.parts):
+        content = {"model_name": "vit", "block_index": i, "block_state_dict": part.state_dict(), "divided_depths": [1, 2, 1]}
+        torch.save(content if original else {"model": part.state_dict()}, folder / (f"block{i}.pth" if original else f"{i}.pt"))
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_a_teacher_is_read_from_a_folder_of_module_files(tmp_path, original):
+    config = models.load_config(write_config(tmp_path))
+    teacher = models.build({**config, "seed": 7}, "teacher")
+    write_modules(tmp_path / "modules", teacher, original)
+    model = models.build(config, "teacher")
+    models.load_weights(model, tmp_path / "modules")
+    assert all(torch.equal(v, teacher.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_folder_that_lacks_a_module_or_a_tensor_is_named(tmp_path):
+    config = models.load_config(write_config(tmp_path))
+    teacher = models.build(config, "teacher")
+    write_modules(tmp_path / "modules", teacher, original=True)
+    path = tmp_path / "modules/block1.pth"
+    content = torch.load(path, weights_only=True)
+    del content["block_state_dict"]["blocks.1.norm1.bias"]
+    torch.save(content, path)
+    with pytest.raises(models.UserError, match="lacks the tensor blocks.2.norm1.bias"):  # 1 block before this module
+        models.load_weights(models.build(config, "teacher"), tmp_path / "modules")
+    path.unlink()
+    with pytest.raises(models.UserError, match="modules 0 to 2"):
+        models.load_weights(models.build(config, "teacher"), tmp_path / "modules")
+    with pytest.raises(models.UserError, match="is a folder"):
+        models.load_weights(models.build(config, "student"), tmp_path)
+
+
+def test_a_teacher_from_elsewhere_works_and_is_warned_about_if_it_does_not_fit(tmp_path):
+    plain = {**CONFIG["data"], "mixup": 0, "cutmix": 0, "classes": 8, "train_images": 320}
+    quick = {**CONFIG["train"]["meta"], "epochs": 10, "lr": 0.3, "drop_path": 0}
+    path = write_config(tmp_path, data=plain, train={"meta": quick, "incubate": quick, "distill": {**quick, "epochs": 0}})
+    run("finetune", path, "role=meta")
+    run("distill_module", path, "role=teacher")
+    config = models.load_config(path)
+    write_modules(tmp_path / "stranger", models.build({**config, "seed": 7}, "teacher"), original=True)
+    words = [f"meta.checkpoint={tmp_path / 'run/meta.pt'}", "force=true"]
+    strange = run("distill_module", path, f"teacher.checkpoint={tmp_path / 'stranger'}", *words)
+    own = run("distill_module", path, f"teacher.checkpoint={tmp_path / 'run/teacher_modules'}", *words)
+    assert "validation top-1 of the teacher hybrids" in strange and "warning" in strange, strange
+    assert "warning" not in own, own
