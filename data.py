@@ -667,7 +667,7 @@ def mix(images, labels, classes, mixup, cutmix, smoothing, rng):
         mixed[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
         lam = 1 - (bottom - top) * (right - left) / (images.shape[-2] * images.shape[-1])
     else:
-        mixed = torch.lerp(images.flip(0), images, lam)   # λ · image + (1 - λ) · partner
+        mixed = lam * images + (1 - lam) * images.flip(0)
     return mixed, lam * targets + (1 - lam) * targets.flip(0)
 
 
