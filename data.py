@@ -506,31 +506,48 @@ def read_image(path):
             if image.has_transparency_data:  # dropping alpha would uncover whatever colour lies below: put it on white
                 image = image.convert("RGBA")
                 return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:   # decoders raise OSError, SyntaxError, ValueError, struct.error, …
         reason = str(error).replace(str(path), "it")
         raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Transforms of single images (PIL, RGB), each with its numpy generator
+# Transforms of single images (PIL, RGB). `uniform` is an iterator of numbers uniform in 0 … 1, the image's own: drawn
+# for a batch at once, since a call of numpy costs more than a number, and seeding a generator as much as a small crop
+
+DRAWS = 64   # an image's numbers; it needs at most 59: crop 22, pad 2, flip 1, RandAugment 10, erasing 24
 
 
-def augment(image, size, options, rng):
+def uniforms(key, positions):
+    """Random numbers of the images at consecutive positions of an epoch -> for each an iterator of DRAWS floats.
+
+    Position p has row p of one endless table, which depends on the key alone: the generator jumps to the first row.
+    """
+    rng = _rng(*key, "images")
+    rng.bit_generator.advance(int(positions[0]) * DRAWS)
+    return [iter(row) for row in rng.random((len(positions), DRAWS)).tolist()]
+
+
+def _between(low, high, uniform):
+    return low + (high - low) * next(uniform)
+
+
+def augment(image, size, options, uniform):
     """The training view of one image -> uint8 H W 3: crop, flip, RandAugment. Erasing comes after normalisation."""
     if options["resized_crop"]:
-        box = resized_crop_box(image.width, image.height, options["resized_crop"], rng)
+        box = resized_crop_box(image.width, image.height, options["resized_crop"], uniform)
         image = image.resize((size, size), Image.Resampling.BICUBIC, box)
     else:
         image = centre_crop(image, size)
     if options["pad"]:   # as _crop_and_flip does for whole batches
-        dy, dx = rng.integers(-options["pad"], options["pad"] + 1, 2)
+        dy, dx = (int((2 * options["pad"] + 1) * next(uniform)) - options["pad"] for _ in range(2))
         rows, columns = (np.clip(np.arange(size) + d, 0, size - 1) for d in (dy, dx))
         image = Image.fromarray(np.asarray(image)[rows][:, columns])
-    if rng.random() < options["flip"]:
+    if next(uniform) < options["flip"]:
         image = ImageOps.mirror(image)
     if options["randaugment"]:
-        image = randaugment(image, options["randaugment"], rng)
+        image = randaugment(image, options["randaugment"], uniform)
     return np.asarray(image)
 
 
@@ -545,17 +562,17 @@ def centre_crop(image, size):
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
-def resized_crop_box(width, height, scale, rng):
+def resized_crop_box(width, height, scale, uniform):
     """Random resized crop (1409.4842): area uniform in `scale`, aspect log-uniform in 3/4 – 4/3, 10 tries.
 
     -> left, top, right, bottom in pixels, to be resized.
     """
     for _ in range(10):
-        area = rng.uniform(*scale) * width * height
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = _between(*scale, uniform) * width * height
+        ratio = math.exp(_between(math.log(3 / 4), math.log(4 / 3), uniform))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            left, top = int((width - w + 1) * next(uniform)), int((height - h + 1) * next(uniform))
             return left, top, left + w, top + h
     # no luck, so the image is long and thin: the largest centred box of an allowed aspect
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
@@ -600,27 +617,30 @@ OPERATIONS = {
 }
 
 
-def randaugment(image, magnitude, rng):
+def randaugment(image, magnitude, uniform):
     """Two operations drawn with replacement, each done with p = .5 at level magnitude + N(0, .5), within 0 … 10."""
-    for name in rng.choice(list(OPERATIONS), 2):
-        if rng.random() < 0.5:
-            level = min(10, max(0, rng.normal(magnitude, 0.5)))
-            image = OPERATIONS[name](image, level, 1 if rng.random() < 0.5 else -1)
+    operations = list(OPERATIONS.values())
+    for _ in range(2):
+        operation = operations[int(len(operations) * next(uniform))]
+        if next(uniform) < 0.5:
+            # Box–Muller: √(-2 ln u) · cos(2π v) is N(0, 1)
+            normal = math.sqrt(-2 * math.log(1 - next(uniform))) * math.cos(2 * math.pi * next(uniform))
+            image = operation(image, min(10, max(0, magnitude + 0.5 * normal)), 1 if next(uniform) < 0.5 else -1)
     return image
 
 
-def erase(image, probability, rng):
+def erase(image, probability, uniform):
     """Random erasing (1708.04896) of a normalised image, float 3 H W, in place: the pixels of a box become N(0, 1)."""
     height, width = image.shape[-2:]
-    if rng.random() < probability:
+    if next(uniform) < probability:
         for _ in range(10):
-            area = rng.uniform(0.02, 1 / 3) * height * width
-            ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            area = _between(0.02, 1 / 3, uniform) * height * width
+            ratio = math.exp(_between(math.log(0.3), math.log(1 / 0.3), uniform))
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if 0 < h < height and 0 < w < width:
-                top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-                noise = rng.standard_normal((3, h, w), dtype=np.float32)
-                image[:, top:top + h, left:left + w] = torch.from_numpy(noise)
+                top, left = int((height - h + 1) * next(uniform)), int((width - w + 1) * next(uniform))
+                generator = torch.Generator().manual_seed(int(2 ** 53 * next(uniform)))   # 53: all bits of the float
+                image[:, top:top + h, left:left + w] = torch.randn(3, h, w, generator=generator)
                 break
     return image
 
@@ -646,7 +666,7 @@ def mix(images, labels, classes, mixup, cutmix, smoothing, rng):
         # a box of area 1 - λ round a uniform centre; the border cuts part of it off, so λ is computed again
         top, bottom, left, right = cutmix_box(images.shape[-2], images.shape[-1], lam, rng)
         mixed = images.clone()
-        mixed[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
+        mixed[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
         lam = 1 - (bottom - top) * (right - left) / (images.shape[-2] * images.shape[-1])
     else:
         mixed = lam * images + (1 - lam) * images.flip(0)
@@ -667,7 +687,7 @@ def cutmix_box(height, width, lam, rng):
 def normalise(images):
     """uint8 ... 3 H W -> float32 with ImageNet's mean and deviation taken out, on the images' device."""
     mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    return (images / 255).sub_(mean).div_(std)   # in place, since memory is what takes the time
 
 
 def steps_per_epoch(length, batch, world, accumulate, stage="<stage>"):
@@ -708,8 +728,8 @@ def train_batches(imageset, config, stage, epoch, setup, start_step=0):
         pictures = (_crop_and_flip(pool, order[positions[m - start]], options["pad"], options["flip"],
                                    _rng(seed, stage, epoch, m, 1), total, own) for m in range(start, stop))
     else:
-        dataset = _Pictures(imageset, options, positions.ravel(), order, (seed, stage, epoch))
-        pictures = _loader(dataset, batch, options["workers"], setup.device)
+        dataset = _Pictures(imageset, options, positions, order, (seed, stage, epoch))
+        pictures = _loader(dataset, options["workers"], setup.device)
     for m, images in zip(range(start, stop), pictures):
         labels = imageset.labels[order[positions[m - start]]].to(setup.device)
         images = normalise(images) if images.dtype == torch.uint8 else images
@@ -738,57 +758,57 @@ def eval_batches(imageset, config, setup, batch=256):
 
     Yields images float32 B 3 H W (normalised) and labels int64 B on the device.
     """
-    share = np.arange(setup.rank, len(imageset), setup.world)
-    size = config["data"]["image_size"]
+    share, size = np.arange(setup.rank, len(imageset), setup.world), config["data"]["image_size"]
+    batches = [share[k:k + batch] for k in range(0, len(share), batch)]
     if imageset.images is not None and tuple(imageset.images.shape[-2:]) == (size, size):
-        pictures = (imageset.images[share[k:k + batch]].to(setup.device) for k in range(0, len(share), batch))
+        pictures = (imageset.images[indices].to(setup.device) for indices in batches)
     else:
-        dataset = _Pictures(imageset, config["data"], share)
-        pictures = _loader(dataset, batch, config["data"]["workers"], setup.device)
-    for k, images in zip(range(0, len(share), batch), pictures):
-        yield normalise(images), imageset.labels[share[k:k + batch]].to(setup.device)
+        pictures = _loader(_Pictures(imageset, config["data"], batches), config["data"]["workers"], setup.device)
+    for indices, images in zip(batches, pictures):
+        yield normalise(images), imageset.labels[indices].to(setup.device)
 
 
 class _Pictures(Dataset):
-    """Reads and transforms one image an item, in a worker process: item k is the k-th of this process's `positions`.
+    """Reads and transforms one batch an item, in a worker process: item m has the images at positions batches[m].
 
-    Without `order` and `key` an item is evaluation's view of image positions[k]. With them, the training view of
-    image order[positions[k]], drawn from (*key, position) alone. Items are uint8 3 H W, or with erasing float32 and
-    normalised (its noise is in normalised units), or the UserError of an image that cannot be read.
+    Without `order` and `key` an image is evaluation's view of image number `position`. With them, it is the training
+    view of image order[position], drawn from (*key, position) alone. Items are uint8 B 3 H W, or with erasing float32
+    and normalised (its noise is in normalised units), or the UserError of an image that cannot be read.
     """
 
-    def __init__(self, imageset, options, positions, order=None, key=None):
-        self.imageset, self.options, self.positions, self.order, self.key = imageset, options, positions, order, key
+    def __init__(self, imageset, options, batches, order=None, key=None):
+        self.imageset, self.options, self.batches, self.order, self.key = imageset, options, batches, order, key
 
     def __len__(self):
-        return len(self.positions)
+        return len(self.batches)
 
-    def __getitem__(self, k):
-        position, size = int(self.positions[k]), self.options["image_size"]
-        index = position if self.order is None else int(self.order[position])
+    def __getitem__(self, m):
+        positions, options, draws = self.batches[m], self.options, []
         try:
-            image = self.imageset.picture(index)
+            if self.order is None:
+                views = [self.evaluation_view(index) for index in positions.tolist()]
+            else:
+                draws = uniforms(self.key, positions)
+                views = [augment(self.imageset.picture(index), options["image_size"], options, uniform)
+                         for index, uniform in zip(self.order[positions].tolist(), draws)]
         except UserError as error:   # raised here, the loader would bury the sentence in a traceback
             return error
-        if self.order is None:
-            image = centre_crop(image, size)
-            image = np.asarray(rendition(image, index) if self.imageset.rendition else image)
-            return torch.from_numpy(image.transpose(2, 0, 1).copy())
-        rng = _rng(*self.key, position)
-        image = torch.from_numpy(augment(image, size, self.options, rng).transpose(2, 0, 1).copy())
-        return erase(normalise(image), self.options["erasing"], rng) if self.options["erasing"] else image
+        images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
+        if draws and options["erasing"]:
+            images = normalise(images)
+            for image, uniform in zip(images, draws):
+                erase(image, options["erasing"], uniform)
+        return images
+
+    def evaluation_view(self, index):
+        image = centre_crop(self.imageset.picture(index), self.options["image_size"])
+        return np.asarray(rendition(image, index) if self.imageset.rendition else image)
 
 
-def _collate(items):
-    """Stacks the images of a batch -> B 3 H W, or hands on the first error among them."""
-    errors = [item for item in items if isinstance(item, UserError)]
-    return errors[0] if errors else torch.stack(items)
-
-
-def _loader(dataset, batch, workers, device):
-    """Batches of the dataset, in order, on the device; raises the UserError of an unreadable image."""
+def _loader(dataset, workers, device):
+    """The dataset's batches, in order, on the device; raises the UserError of an unreadable image."""
     # a generator of its own: the loader draws a number for its workers, which must not move torch's global state
-    loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=_collate, generator=torch.Generator(),
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator(),
                         pin_memory=device.type == "cuda")
     for images in loader:
         if isinstance(images, UserError):

@@ -345,6 +345,27 @@ def test_every_image_is_evaluated_once(count, world):
 # Transforms
 
 
+def endless(seed=0):
+    """Numbers uniform in 0 … 1, as the transforms of single images take them."""
+    return iter(np.random.default_rng(seed).random, None)
+
+
+def test_the_numbers_of_an_image_depend_on_its_position_alone_and_suffice():
+    rows = [list(row) for row in data.uniforms((3, "meta", 1), np.arange(20, 60))]
+    assert rows[7:12] == [list(row) for row in data.uniforms((3, "meta", 1), np.arange(27, 32))]
+    assert rows != [list(row) for row in data.uniforms((3, "meta", 2), np.arange(20, 60))]
+    numbers = np.array(rows)
+    assert len(np.unique(numbers)) == 40 * data.DRAWS and abs(numbers.mean() - 0.5) < 0.02
+    # the most that one image can use: crop and box fit at the tenth try only, both operations are done
+    tries, operation = [0.999, 0.999] * 9 + [0, 0.5, 0.5, 0.5], [0, 0, 0.5, 0.5, 0.5]
+    most = tries + [0.5, 0.5, 0.9] + 2 * operation + [0] + tries + [0.5]
+    numbers = iter(most)
+    options = make_config(resized_crop=[0.08, 1], pad=1, flip=0.5, randaugment=9.0)["data"]
+    view = data.augment(Image.new("RGB", (100, 10)), 16, options, numbers)
+    data.erase(data.normalise(torch.from_numpy(view.transpose(2, 0, 1).copy())), 1, numbers)
+    assert list(numbers) == [] and len(most) == 59 <= data.DRAWS
+
+
 def test_normalisation_by_hand():
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1)
     expected = torch.tensor([-0.485 / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225])
@@ -367,8 +388,8 @@ def test_padding_moves_by_at_most_pad_repeats_edges_and_flips_half():
 
 def test_padding_an_image_file_does_the_same():
     column = Image.fromarray(np.arange(8, dtype=np.uint8).repeat(3).reshape(1, 8, 3).repeat(8, 0))
-    rng, options = np.random.default_rng(0), make_config(pad=2)["data"]
-    views = np.stack([data.augment(column, 8, options, rng)[..., 0] for _ in range(200)])
+    uniform, options = endless(), make_config(pad=2)["data"]
+    views = np.stack([data.augment(column, 8, options, uniform)[..., 0] for _ in range(200)])
     shift = views[:, 0, 4].astype(int) - 4
     assert np.unique(shift).tolist() == [-2, -1, 0, 1, 2]
     assert np.array_equal(views, (np.arange(8) + shift[:, None]).clip(0, 7)[:, None].repeat(8, 1))
@@ -434,8 +455,8 @@ def test_lambda_is_beta_distributed_and_targets_sum_to_one():
 
 
 def test_crop_areas_and_aspects_are_as_asked():
-    rng = np.random.default_rng(0)
-    boxes = np.array([data.resized_crop_box(400, 400, (0.1, 0.5), rng) for _ in range(3000)])
+    uniform = endless()
+    boxes = np.array([data.resized_crop_box(400, 400, (0.1, 0.5), uniform) for _ in range(3000)])
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0 and boxes.max() <= 400
     quantiles = np.quantile(w * h / 160000, [0.01, 0.25, 0.5, 0.75, 0.99])
@@ -444,14 +465,14 @@ def test_crop_areas_and_aspects_are_as_asked():
     np.testing.assert_allclose(quantiles, [-0.98, -0.5, 0, 0.5, 0.98], atol=0.06)              # log-uniform
     left = boxes[:, 0] / (400 - w)
     np.testing.assert_allclose(np.quantile(left, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.03)
-    assert data.resized_crop_box(400, 30, (1, 1), rng) == (180, 0, 220, 30)                    # nothing fits: centre
+    assert data.resized_crop_box(400, 30, (1, 1), uniform) == (180, 0, 220, 30)                    # nothing fits: centre
 
 
 def test_erasing_areas_aspects_noise_and_rate():
-    rng = np.random.default_rng(0)
+    uniform = endless()
     areas, ratios, noise = [], [], []
     for _ in range(1500):
-        image = data.erase(torch.full((3, 96, 96), 7.0), 0.5, rng)
+        image = data.erase(torch.full((3, 96, 96), 7.0), 0.5, uniform)
         changed = (image != 7).all(0)
         if changed.any():
             y, x = changed.nonzero().T
@@ -561,9 +582,9 @@ def test_randaugment_draws_operations_levels_and_signs_as_said(monkeypatch):
     calls = []
     monkeypatch.setattr(data, "OPERATIONS", {name: lambda image, m, sign, name=name: calls.append((name, m, sign))
                                              for name in data.OPERATIONS})
-    rng = np.random.default_rng(0)
+    uniform = endless()
     for _ in range(3000):
-        data.randaugment(None, 9, rng)
+        data.randaugment(None, 9, uniform)
     names, levels, signs = zip(*calls)
     assert abs(len(calls) / 3000 - 1) < 0.05                                  # two operations, each with p = .5
     counts = np.unique(names, return_counts=True)[1]
