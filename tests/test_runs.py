@@ -620,6 +620,47 @@ def test_torchrun_trains_all_modules(tmp_path):
     assert len(log(tmp_path / "run", "distill")) == 6
 
 
+def two_machines(line, processes=1):
+    """Runs a line of bash twice, as on two machines; LAUNCH is README's torchrun line for that -> the outputs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+           "LAUNCH": f"torchrun --nnodes=2 --nproc_per_node={processes} --rdzv_backend=c10d --rdzv_endpoint=localhost:{port}"}
+    agents = [subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, start_new_session=True) for _ in range(2)]
+    try:
+        texts = [agent.communicate(timeout=400)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+    assert [agent.returncode for agent in agents] == [0, 0], texts
+    return texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_torchrun_agents_train_what_one_with_as_many_processes_does(tmp_path, processes):
+    one, two = (write_config(tmp_path / name, "nac") for name in ("one", "two"))
+    for script, words in (("finetune", ["role=meta"]), ("distill_module", ["distill.alpha=0"])):
+        text = torchrun(2 * processes, f"{script}.py", "--config", one, *words)
+        assert text.returncode == 0, text
+        texts = two_machines(f"$LAUNCH {script}.py --config {two} {' '.join(words)}", processes)
+        assert sum("parameters" in text for text in texts) == 1, texts  # one of all processes is the first
+    same_run(tmp_path / "one/run", tmp_path / "two/run", "finetune", "meta")
+    same_run(tmp_path / "one/run", tmp_path / "two/run", "distill_module", "student")
+
+
+@pytest.mark.slow
+def test_run_sh_on_two_machines_runs_the_whole_method(tmp_path):
+    path = write_config(tmp_path, "nac")
+    two_machines(f"bash run.sh {path}")
+    lines = [(line["stage"], line.get("module"), line["epoch"]) for line in log(tmp_path / "run")]
+    assert len(lines) == len(set(lines)) == 2 * (3 + 3 + 4)  # meta, teacher, student, baseline; each module twice
+    assert {r["images"] for r in json.loads((tmp_path / "run/results.json").read_text())} == {29}
+
+
 @pytest.mark.slow
 def test_torchrun_runs_every_stage(done, tmp_path):
     path = write_config(tmp_path, done[0].stem)
