@@ -1396,9 +1396,10 @@ def needed(config, role, stage=None, name=None):
 
 def begin(config, process):
     """Makes the run's folder with the resolved config; from here on SIGTERM asks the loop to save and leave."""
-    for name in config["data"]["robustness"]:  # first used when all is trained, so look now
-        if name != "renditions" and not Path(name).is_dir():
-            raise UserError(f"data.robustness has {name}, which is not a folder; data.robustness=[] goes without.")
+    for block in ("data", "target"):
+        for name in config[block]["robustness"] or []:  # first used when all is trained, so look now
+            if name != "renditions" and not Path(name).is_dir():
+                raise UserError(f"{block}.robustness has {name}, which is not a folder; {block}.robustness=[] goes without.")
     signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
     if process.rank == 0:
         folder = Path(config["output_dir"])
