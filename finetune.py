@@ -45,7 +45,7 @@ def main():
     if words.dry_run:
         return models.dry_run(config)
     role = words.role
-    config = models.on_target(config, role)
+    target = models.on_target(config, role)  # the config with the role's own data; settings are compared by the whole one
     stage = "student" if role.startswith("baseline") else role  # whose block of `train` holds
     c, d = dict(config["train"][stage]), config["distill"]
     if role.startswith("baseline") and config["train"]["baseline_epochs"] is not None:
@@ -60,11 +60,11 @@ def main():
     models.begin(config, process)
     resumed = models.unfinished(config, role, f"{role}.unfinished.pt", words.force)
 
-    train, validation = data.load(config, "train", stage), data.load(config, "validation")
+    train, validation = data.load(target, "train", stage), data.load(target, "validation")
     steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], stage)
     total_batch = c["batch"] * process.world * c["accumulate"]
 
-    model = models.build(config, role)
+    model = models.build(target, role)
     if role in ("teacher", "student"):
         models.load_weights(model, models.needed(config, role, "assemble_" + role, f"{role}_assembled.pt"))
     elif role.startswith("baseline"):
@@ -73,7 +73,7 @@ def main():
     model.to(device)
     teacher = None
     if role == "baseline_kd":
-        teacher = models.build(config, "teacher").to(device).requires_grad_(False).eval()
+        teacher = models.build(target, "teacher").to(device).requires_grad_(False).eval()
         models.load_weights(teacher, models.needed(config, "teacher"))
     optimizer = models.optimizer(model, c)
 
@@ -94,7 +94,7 @@ def main():
     while step < c["epochs"] * steps:
         epoch, first, began, stop = step // steps, step % steps, time.time(), False
         model.train()
-        batches = data.train_batches(train, config, stage, epoch, process, start_step=first)
+        batches = data.train_batches(train, target, stage, epoch, process, start_step=first)
         bar = tqdm(batches, f"{role} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
                    disable=models.quiet(process), leave=False)
         for k, (images, targets) in enumerate(bar):
@@ -129,7 +129,7 @@ def main():
             loss_sum, correct, images = data.sum_over_processes(sums).sum(0).tolist()
             trained = time.time() - began
             lines = [{"stage": role, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
-                      "top1": 100 * correct / images, "val_top1": accuracy(model, validation, config, process),
+                      "top1": 100 * correct / images, "val_top1": accuracy(model, validation, target, process),
                       "lr": lr, "images_per_second": (steps - first) * total_batch / trained, "seconds": time.time() - began,
                       **models.expert_load(model)}]
             sums.zero_()

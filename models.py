@@ -1245,12 +1245,11 @@ ORIGINAL_NAMES = [(re.compile(pattern), ours) for pattern, ours in [
 
 def translate(state, model):
     """A state dict with timm's, Deep Incubation's, the original's or our names -> our names for `model`."""
-    if any(name.startswith("stages.") for name in state) and not isinstance(model, NAC):
-        # Deep Incubation keeps every tensor twice; the copies under blocks.* are the plain model
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if not isinstance(model, NAC):  # Deep Incubation keeps every tensor twice; the copies under blocks.* are the plain model
         state = {k: v for k, v in state.items() if not k.startswith("stages.")}
     out = {}
     for name, value in state.items():
-        name = name.removeprefix("module.")
         for pattern, ours in ORIGINAL_NAMES:
             name = pattern.sub(ours, name)
         out[name] = value
@@ -1311,8 +1310,8 @@ def resize_pos_embed(pos_embed, tokens):
     if not old or old * old != grid.shape[1] or new * new != tokens - 1:
         return pos_embed  # not a square grid: the shape check will name it
     grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False).to(pos_embed.dtype)
-    return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+    grid = F.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1].float(), grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def load_weights(model, path):
@@ -1355,11 +1354,12 @@ def load_state(model, state, path):
             state.setdefault(name, value)  # the original's NAC modules have no kernel
         if name not in state:
             raise UserError(f"{path} lacks the tensor {name} {tuple(value.shape)}.")
+    for name, value in state.items():
+        if name not in own:
+            raise UserError(f"{path} holds the tensor {name} {tuple(value.shape)}, which the model has not.")
+    for name, value in own.items():  # last: a distilled DeiT is better known by its dist_token than by its positions
         if state[name].shape != value.shape:
             raise UserError(f"{path}: the tensor {name} is {tuple(state[name].shape)}, the model's {tuple(value.shape)}.")
-    for name in state:
-        if name not in own:
-            raise UserError(f"{path} holds the tensor {name} {tuple(state[name].shape)}, which the model has not.")
     model.load_state_dict(state)
 
 
@@ -1434,9 +1434,10 @@ def needed(config, role, stage=None, name=None):
 
 def begin(config, process):
     """Makes the run's folder with the resolved config; from here on SIGTERM asks the loop to save and leave."""
-    for name in config["data"]["robustness"]:  # first used when all is trained, so look now
-        if name != "renditions" and not Path(name).is_dir():
-            raise UserError(f"data.robustness has {name}, which is not a folder; data.robustness=[] goes without.")
+    for block in ("data", "target"):
+        for name in config[block]["robustness"] or []:  # first used when all is trained, so look now
+            if name != "renditions" and not Path(name).is_dir():
+                raise UserError(f"{block}.robustness has {name}, which is not a folder; {block}.robustness=[] goes without.")
     signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
     if process.rank == 0:
         folder = Path(config["output_dir"])

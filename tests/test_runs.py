@@ -306,6 +306,24 @@ def test_force_repeats_a_finished_stage_to_the_same_bits(done, tmp_path):
         same_run(folder, done[1], script, role)
 
 
+@pytest.mark.parametrize("student", ["nac", pytest.param("vmoe", marks=pytest.mark.slow)])
+def test_a_student_is_finetuned_and_scored_on_another_set_than_its_modules_are_distilled_on(tmp_path, student):
+    """In the paper Tiny-ImageNet's students are distilled on ImageNet: other images, sizes, classes."""
+    path = write_config(tmp_path, student, distill=dict(alpha=0),
+                        target=dict(image_size=24, classes=3, test_images=31, robustness=[]))
+    for script, role in PIPELINE:
+        if role not in ("teacher", "baseline_kd"):
+            run(script, path, f"role={role}")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    own = {(r["role"], r["set"], r["images"]) for r in results}
+    assert own == {("student", "test", 31), ("baseline", "test", 31)} | {
+        ("meta", s, 29) for s in ("test", "renditions")}
+    assert models.load_config(tmp_path / "run/config.yaml") == models.load_config(path)
+    assert "finished; skipped" in run("finetune", path)
+    text = run("finetune", path, "role=baseline", "target.classes=4", expect=2)
+    assert "target.classes=3 instead of 4" in text and len(text.splitlines()) == 1, text
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The method's identities
 
@@ -618,6 +636,47 @@ def test_torchrun_trains_all_modules(tmp_path):
     text = torchrun(2, "distill_module.py", "--config", path, "distill.alpha=0")
     assert text.returncode == 0, text
     assert len(log(tmp_path / "run", "distill")) == 6
+
+
+def two_machines(line, processes=1):
+    """Runs a line of bash twice, as on two machines; LAUNCH is README's torchrun line for that -> the outputs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+           "LAUNCH": f"torchrun --nnodes=2 --nproc_per_node={processes} --rdzv_backend=c10d --rdzv_endpoint=localhost:{port}"}
+    agents = [subprocess.Popen(["bash", "-c", line], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, start_new_session=True) for _ in range(2)]
+    try:
+        texts = [agent.communicate(timeout=400)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
+    assert [agent.returncode for agent in agents] == [0, 0], texts
+    return texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_torchrun_agents_train_what_one_with_as_many_processes_does(tmp_path, processes):
+    one, two = (write_config(tmp_path / name, "nac") for name in ("one", "two"))
+    for script, words in (("finetune", ["role=meta"]), ("distill_module", ["distill.alpha=0"])):
+        text = torchrun(2 * processes, f"{script}.py", "--config", one, *words)
+        assert text.returncode == 0, text
+        texts = two_machines(f"$LAUNCH {script}.py --config {two} {' '.join(words)}", processes)
+        assert sum("parameters" in text for text in texts) == 1, texts  # one of all processes is the first
+    same_run(tmp_path / "one/run", tmp_path / "two/run", "finetune", "meta")
+    same_run(tmp_path / "one/run", tmp_path / "two/run", "distill_module", "student")
+
+
+@pytest.mark.slow
+def test_run_sh_on_two_machines_runs_the_whole_method(tmp_path):
+    path = write_config(tmp_path, "nac")
+    two_machines(f"bash run.sh {path}")
+    lines = [(line["stage"], line.get("module"), line["epoch"]) for line in log(tmp_path / "run")]
+    assert len(lines) == len(set(lines)) == 2 * (3 + 3 + 4)  # meta, teacher, student, baseline; each module twice
+    assert {r["images"] for r in json.loads((tmp_path / "run/results.json").read_text())} == {29}
 
 
 @pytest.mark.slow

@@ -1,0 +1,272 @@
+"""Weights from elsewhere: state dicts in timm's and DeiT's names, Deep Incubation's files, the original's single modules.
+
+What a file means is written out here a second time, from the papers and the names alone (vit), and must give the logits
+that the model gives after load_weights. (test_fixtures.py reads files of the original's own code.)
+"""
+
+import math
+
+import pytest
+import torch
+
+import models
+
+CLASSES = 7
+SIZES = {"vit_tiny": (16, 192, 3, 12), "vit_small": (16, 384, 6, 12), "vit_base": (16, 768, 12, 12),
+         "vit_large": (16, 1024, 16, 24)}  # patch, width, heads, depth
+SMALL = (4, 24, 3, 4)
+
+
+def state_dict(patch, width, heads, depth, size, classes=CLASSES, seed=0):
+    """Random weights under timm's names, of a scale that lets every one of them matter."""
+    g = torch.Generator().manual_seed(seed)
+
+    def weight(*shape):
+        return torch.randn(shape, generator=g) * math.prod(shape[1:]) ** -0.5
+
+    def bias(n):
+        return 0.2 * torch.randn(n, generator=g)
+
+    state = {"cls_token": torch.randn(1, 1, width, generator=g),
+             "pos_embed": torch.randn(1, 1 + (size // patch) ** 2, width, generator=g),
+             "patch_embed.proj.weight": weight(width, 3, patch, patch), "patch_embed.proj.bias": bias(width)}
+    for k in range(depth):
+        for norm in ("norm1", "norm2"):
+            state |= {f"blocks.{k}.{norm}.weight": 1 + bias(width), f"blocks.{k}.{norm}.bias": bias(width)}
+        for name, a, b in (("attn.qkv", width, 3 * width), ("attn.proj", width, width), ("mlp.fc1", width, 4 * width),
+                           ("mlp.fc2", 4 * width, width)):
+            state |= {f"blocks.{k}.{name}.weight": weight(b, a), f"blocks.{k}.{name}.bias": bias(b)}
+    return state | {"norm.weight": 1 + bias(width), "norm.bias": bias(width),
+                    "head.weight": weight(classes, width), "head.bias": bias(classes)}
+
+
+def vit(state, images, patch, heads, depth):
+    """Logits of a ViT, from its state dict. Images B 3 H W -> B K."""
+    def linear(x, name):
+        return torch.einsum("...i,oi->...o", x, state[f"{name}.weight"]) + state[f"{name}.bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        deviation = torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+        return centred / deviation * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    patches = images.unfold(2, patch, patch).unfold(3, patch, patch)  # B 3 rows columns p p
+    x = torch.einsum("bcrspq,dcpq->brsd", patches, state["patch_embed.proj.weight"]).flatten(1, 2)
+    x = x + state["patch_embed.proj.bias"]
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
+    for k in range(depth):
+        # the packed rows are all of q, all of k, all of v; within each the first head comes first
+        q, key, v = linear(norm(x, f"blocks.{k}.norm1"), f"blocks.{k}.attn.qkv").chunk(3, -1)
+        out = []
+        for h in range(heads):
+            d = x.shape[-1] // heads
+            own = slice(h * d, (h + 1) * d)
+            weights = torch.exp(torch.einsum("bnd,bmd->bnm", q[..., own], key[..., own]) / math.sqrt(d))
+            out.append(torch.einsum("bnm,bmd->bnd", weights / weights.sum(-1, keepdim=True), v[..., own]))
+        x = x + linear(torch.cat(out, -1), f"blocks.{k}.attn.proj")
+        y = linear(norm(x, f"blocks.{k}.norm2"), f"blocks.{k}.mlp.fc1")
+        y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+        x = x + linear(y, f"blocks.{k}.mlp.fc2")
+    return linear(norm(x, "norm")[:, 0], "head")
+
+
+def build(patch, width, heads, depth, size, classes=CLASSES):
+    """Our ViT of four modules, with weights of its own."""
+    torch.manual_seed(1)
+    return models.ViT(size, patch, width, heads, [depth // 4] * 4, classes).eval()
+
+
+@torch.no_grad()
+def check(model, state, sizes, size):
+    """The model's logits are those of the state dict."""
+    patch, _, heads, depth = sizes
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    expected = vit(state, images, patch, heads, depth)
+    assert expected.std() > 0.1  # else agreement would say nothing
+    error = (model(images) - expected).norm() / expected.norm()
+    assert error < 1e-5, error
+
+
+def small(change=lambda state: None, size=16, dtype=torch.float32):
+    """A small state dict, after change(state)."""
+    state = {name: value.to(dtype) for name, value in state_dict(*SMALL, size).items()}
+    change(state)
+    return state
+
+
+def modules(state, depths=(1, 1, 1, 1)):
+    """The state dicts of the four modules, each module's blocks numbered from 0."""
+    own = [{} for _ in depths]
+    own[0] = {name: value for name, value in state.items() if name.startswith(("cls", "pos", "patch"))}
+    starts = [sum(depths[:i]) for i in range(len(depths))]
+    for i, (start, depth) in enumerate(zip(starts, depths)):
+        for k in range(depth):
+            old = f"blocks.{start + k}."
+            own[i] |= {f"blocks.{k}.{name[len(old):]}": value for name, value in state.items() if name.startswith(old)}
+    own[-1] |= {name: value for name, value in state.items() if name.startswith(("norm", "head"))}
+    return own
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", *(pytest.param(a, marks=pytest.mark.slow)
+                                                             for a in ("vit_base", "vit_large"))])
+def test_a_timm_state_dict_gives_its_logits_at_true_size(tmp_path, arch):
+    sizes = SIZES[arch]
+    assert models.ARCHITECTURES[arch] == sizes
+    state, model = state_dict(*sizes, 224, classes=1000), build(*sizes, 224, classes=1000)
+    torch.save({"model": state}, tmp_path / "w.pth")
+    models.load_weights(model, tmp_path / "w.pth")
+    check(model, state, sizes, 224)
+
+
+def deep_incubation(state):
+    doubles = {f"stages.{i}.{name}": value for i, module in enumerate(modules(state)) for name, value in module.items()}
+    return {"model": {**doubles, **state}, "model_stages": modules(state), "epoch": 99, "lr_scheduler": {"base": [0.1]},
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-5, "params": [0]}]}}
+
+
+WRAPPINGS = {
+    "a state dict": lambda s: s, "model": lambda s: {"model": s}, "with an epoch": lambda s: {"model": s, "epoch": 3},
+    "state_dict": lambda s: {"state_dict": s}, "Deep Incubation": deep_incubation,
+    "data parallel": lambda s: {"model": {f"module.{name}": value for name, value in s.items()}},
+    "Deep Incubation, data parallel": lambda s: {
+        "model": {f"module.{name}": value for name, value in deep_incubation(s)["model"].items()}}}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_every_wrapping_gives_the_state_dict_s_logits(tmp_path, wrapping):
+    state, model = small(), build(*SMALL, 16)
+    torch.save(WRAPPINGS[wrapping](state), tmp_path / "w.pth")
+    models.load_weights(model, tmp_path / "w.pth")
+    check(model, state, SMALL, 16)
+
+
+def bicubic(grid, new):
+    """Bicubic resize (a = −3/4, pixel centres, borders repeated) of a grid H W D, by hand."""
+    def kernel(x):
+        x, a = abs(x), -0.75
+        return ((a + 2) * x - (a + 3)) * x * x + 1 if x <= 1 else ((a * x - 5 * a) * x + 8 * a) * x - 4 * a if x < 2 else 0
+
+    old = len(grid)
+    weights = torch.zeros(new, old, dtype=torch.float64)
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
+            weights[i, min(max(j, 0), old - 1)] += kernel(centre - j)
+    return torch.einsum("ri,sj,ijd->rsd", weights, weights, grid.double())
+
+
+@pytest.mark.parametrize("old, new", [(16, 32), (32, 16), (28, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_of_another_image_size_give_the_logits_of_the_resized_grid(tmp_path, old, new, dtype):
+    state, model = small(size=old, dtype=dtype), build(*SMALL, new)
+    torch.save(state, tmp_path / "w.pth")
+    models.load_weights(model, tmp_path / "w.pth")
+    state = {name: value.float() for name, value in state.items()}
+    grid = bicubic(state["pos_embed"][0, 1:].view(old // 4, old // 4, -1), new // 4).float().flatten(0, 1)
+    state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], grid[None]], 1)
+    check(model, state, SMALL, new)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_read_into_float32_exactly(tmp_path, dtype):
+    state, model = small(dtype=dtype), build(*SMALL, 16)
+    torch.save({"model": state}, tmp_path / "w.pth")
+    models.load_weights(model, tmp_path / "w.pth")
+    for name, value in model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, state[name].float()), name
+
+
+@pytest.mark.parametrize("depths", [(1, 1, 1, 1), (2, 1, 3, 2)])
+def test_the_original_s_teacher_modules_one_file_each_give_the_whole_teacher_s_logits(tmp_path, depths):
+    sizes = (*SMALL[:3], sum(depths))
+    state = state_dict(*sizes, 16)
+    torch.manual_seed(1)
+    model = models.ViT(16, *SMALL[:3], list(depths), CLASSES).eval()
+    for i, module in enumerate(modules(state, depths)):
+        torch.save({"model_name": "deit_tiny", "block_index": i, "block_state_dict": module,
+                    "divided_depths": list(depths)}, tmp_path / f"{i}.pth")
+    for i, part in enumerate(model.parts):
+        models.load_weights(part, tmp_path / f"{i}.pth")
+    check(model, state, sizes, 16)
+
+
+def test_a_teacher_from_elsewhere_is_what_the_commands_would_use(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {image_size: 16}\n")
+    config = models.load_config(tmp_path / "c.yaml", [
+        "meta.width=24", "meta.heads=3", "meta.patch=4", "teacher.width=24", "teacher.heads=3", "teacher.patch=4",
+        "teacher.depths=[1,2,1]", f"data.classes={CLASSES}", f"teacher.checkpoint={tmp_path}/w.pth"])
+    state, model = small(), models.build(config, "teacher").eval()
+    torch.save(state, tmp_path / "w.pth")
+    models.load_weights(model, models.needed(config, "teacher"))
+    check(model, state, SMALL, 16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def head_of(classes):
+    return lambda s: s.update({"head.weight": torch.zeros(classes, 24), "head.bias": torch.zeros(classes)})
+
+
+def distilled(state):
+    """DeiT's distilled models: a second token, with a place and a head of its own."""
+    state |= {"dist_token": torch.zeros(1, 1, 24), "head_dist.weight": torch.zeros(CLASSES, 24),
+              "head_dist.bias": torch.zeros(CLASSES), "pos_embed": torch.zeros(1, 18, 24)}
+
+
+WRONG = {  # what is wrong with the file -> (change, what the sentence must name)
+    "DeiT's distillation token": (lambda s: s.update(dist_token=torch.zeros(1, 1, 24)), "dist_token"),
+    "DeiT's second head": (lambda s: s.update({"head_dist.weight": torch.zeros(CLASSES, 24)}), "head_dist.weight"),
+    "a distilled DeiT": (distilled, "dist_token"),
+    "layer scale": (lambda s: s.update({"blocks.1.ls1.gamma": torch.zeros(24)}), "blocks.1.ls1.gamma"),
+    "a norm after pooling": (lambda s: s.update({"fc_norm.weight": torch.zeros(24)}), "fc_norm.weight"),
+    "one block too many": (lambda s: s.update({"blocks.4.norm1.weight": torch.zeros(24)}), "blocks.4.norm1.weight"),
+    "one block too few": (lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.3.")], "blocks.3.norm1.weight"),
+    "no qkv bias": (lambda s: [s.pop(f"blocks.{k}.attn.qkv.bias") for k in range(4)], "blocks.0.attn.qkv.bias"),
+    "other classes": (head_of(1000), "head.weight is (1000, 24), the model's (7, 24)"),
+    "no head": (lambda s: (s.pop("head.weight"), s.pop("head.bias")), "head.weight"),
+    "another patch": (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(24, 3, 8, 8)}), "patch_embed.proj.weight"),
+    "another width": (lambda s: s.update(state_dict(4, 48, 3, 4, 16)), "cls_token is (1, 1, 48), the model's (1, 1, 24)"),
+    "a grid that is no square": (lambda s: s.update(pos_embed=torch.zeros(1, 13, 24)), "pos_embed is (1, 13, 24), the model's (1, 17, 24)"),
+    "weights that are not finite": (lambda s: s["blocks.2.mlp.fc1.bias"].fill_(torch.nan), "mlp.fc1.bias is not finite"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrapping", ["a state dict", "Deep Incubation"])
+def test_what_does_not_fit_is_named_in_one_sentence(tmp_path, wrong, wrapping):
+    change, names = WRONG[wrong]
+    state, model, path = small(change), build(*SMALL, 16), tmp_path / "w.pth"
+    torch.save(WRAPPINGS[wrapping](state), path)
+    refused(model, path, names)
+
+
+def test_a_single_module_is_not_read_as_another_one_or_as_the_whole(tmp_path):
+    model = build(*SMALL, 16)
+    for i, module in enumerate(modules(small())):
+        torch.save({"block_index": i, "block_state_dict": module}, tmp_path / f"{i}.pth")
+    refused(model.parts[0], tmp_path / "1.pth", "cls_token")
+    refused(model.parts[1], tmp_path / "0.pth", "cls_token")
+    refused(model.parts[1], tmp_path / "3.pth", "norm.weight")
+    refused(model, tmp_path / "0.pth", "blocks.1.norm1.weight")
+
+
+def test_a_vit_is_not_read_as_a_nac_nor_as_a_v_moe(tmp_path):
+    torch.save(small(), tmp_path / "w.pth")
+    nac = models.NAC(16, 24, 3, 8, (2, 4, 2), 1, CLASSES)
+    refused(nac, tmp_path / "w.pth", next(iter(nac.state_dict())))
+    refused(models.ViT(16, *SMALL[:3], [1] * 4, CLASSES, moe=dict(experts=2)), tmp_path / "w.pth", "blocks.0.moe")
+
+
+def refused(model, path, names):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(models.UserError) as refusal:
+        models.load_weights(model, path)
+    text = str(refusal.value)
+    assert text.endswith(".") and "\n" not in text and str(path) in text and names in text, text
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,171 @@
+"""The NAC's graph priors at the paper's two sizes: 256 and 768 mediators with signatures of 64 numbers.
+
+`python -m pytest -m slow -s tests/test_graph_priors.py` prints how well signatures can hold each prior.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from conftest import ROOT
+
+PRIORS = ["scale_free", "planted_partition", "ring_of_cliques", "erdos_renyi"]
+SIZES = {"tiny_imagenet_nac": (256, 2, 8), "imagenet_nac": (768, 6, 12)}  # mediators, links of a new node, groups
+every_size = pytest.mark.parametrize("name", SIZES)
+every_prior = pytest.mark.parametrize("prior", PRIORS)
+
+
+def config(name, prior):
+    """A paper's config with a prior and the regulariser that goes with it; the rest of the NAC narrow, to be quick."""
+    return models.load_config(ROOT / f"configs/{name}.yaml", [
+        f"student.graph={prior}", "student.width=16", "student.heads=1", "student.head_width=16",
+        f"student.regularizer={1 if prior == 'planted_partition' else 0.1}"])
+
+
+def graph(name, prior, seed=0):
+    """The prior's graph, as the config has it, and the group of each node."""
+    c = config(name, prior)["student"]
+    n = c["latents"][1]
+    linked = models.random_graph(prior, n, np.random.default_rng(seed), m=c["graph_m"], groups=c["graph_groups"])
+    return linked, np.arange(n) // (n // SIZES[name][2])
+
+
+def components(linked):
+    """Number of connected components: each node takes the least number among its neighbours', until none changes."""
+    least = np.arange(len(linked))
+    while (new := np.minimum(least, np.where(linked, least, len(least)).min(1))).tolist() != least.tolist():
+        least = new
+    return len(set(least.tolist()))
+
+
+def within_four_sigma(pairs, p):
+    return abs(pairs.mean() - p) < 4 * math.sqrt(p * (1 - p) / len(pairs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The graphs
+
+
+@every_size
+def test_the_configs_hold_the_paper_s_graphs(name):
+    c = config(name, "scale_free")["student"]
+    assert (c["latents"][1], c["graph_m"], c["graph_groups"]) == SIZES[name]
+    assert c["signature_width"] == 64 and c["sbm_groups"] == 8
+
+
+@every_size
+@every_prior
+def test_a_graph_is_undirected_without_loops_and_another_for_each_seed(name, prior):
+    linked, _ = graph(name, prior)
+    assert linked.shape == (SIZES[name][0],) * 2 and (linked == linked.T).all() and not linked.diagonal().any()
+    assert (graph(name, prior, 1)[0] != linked).any() == (prior != "ring_of_cliques")
+
+
+@every_size
+def test_scale_free_degrees_follow_the_power_law(name):
+    n, m, _ = SIZES[name]
+    degrees = []
+    for seed in range(10):
+        linked, _ = graph(name, "scale_free", seed)
+        degrees.append(linked.sum(1))
+        assert linked.sum() == 2 * m * (n - m) and degrees[-1][m:].min() == m
+    assert components(linked) == 1
+    # Barabási–Albert: P(degree ≥ k) = m(m+1) / k(k+1), so 30 and 8.3 % for k = 2m and 4m of m = 2; a graph of as many
+    # links at random has next to no node of 4m, twice the mean
+    degrees = np.concatenate(degrees)
+    for k in (m + 1, 2 * m, 4 * m):
+        assert (degrees >= k).mean() == pytest.approx(m * (m + 1) / (k * (k + 1)), rel=0.15)
+    assert degrees.max() > 12 * m
+
+
+@every_size
+def test_planted_partition_has_its_densities_within_and_across_groups(name):
+    linked, group = graph(name, "planted_partition")
+    same, upper = group[:, None] == group, np.triu(np.ones_like(linked), 1)
+    assert within_four_sigma(linked[same & upper], 0.9) and within_four_sigma(linked[~same & upper], 0.2)
+    for g in range(group.max() + 1):  # each group, not only their mean
+        assert abs(linked[group == g][:, group == g][np.triu_indices((group == g).sum(), 1)].mean() - 0.9) < 0.06
+
+
+@every_size
+def test_ring_of_cliques_is_one_ring(name):
+    linked, group = graph(name, "ring_of_cliques")
+    groups, k = SIZES[name][2], len(group) // SIZES[name][2]
+    assert linked.sum() / 2 == groups * math.comb(k, 2) + groups
+    bridges = linked & (group[:, None] != group)
+    assert components(linked) == 1 and components(linked & ~bridges) == groups
+    assert sorted(bridges.sum(1)) == [0] * (len(group) - 2 * groups) + [1] * 2 * groups
+    a, b = np.nonzero(np.triu(bridges))
+    for one, pieces in ((0, 1), (1, 2)):  # without any one bridge it is a chain, without two it falls apart
+        linked[a[one], b[one]] = linked[b[one], a[one]] = False
+        assert components(linked) == pieces
+
+
+@every_size
+def test_erdos_renyi_has_its_density_and_no_hubs(name):
+    linked, _ = graph(name, "erdos_renyi")
+    n = len(linked)
+    assert within_four_sigma(linked[np.triu_indices(n, 1)], 0.1)
+    deviations = (linked.sum(1) - 0.1 * (n - 1)) / math.sqrt(0.09 * (n - 1))  # binomial degrees
+    assert abs(deviations).max() < 5 and 0.8 < deviations.std() < 1.2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Regularisers
+
+
+@every_size
+@every_prior
+def test_the_prior_s_regularizer_is_finite_and_moves_signatures(name, prior):
+    c = config(name, prior)
+    model = models.build(models.on_target(c, "student"), "student")
+    linked, group = graph(name, prior)
+    with torch.no_grad():  # where a fitted graph may stand: groups close together, some pairs beyond the truncation
+        model.mediator_latents.signatures += 12 * torch.from_numpy(np.eye(64, dtype=np.float32)[group])
+    loss = models.regularizer(model, c)
+    loss.backward()
+    gradient = model.mediator_latents.signatures.grad
+    assert loss.isfinite() and loss != 0 and gradient.isfinite().all() and (gradient.abs().sum(1) > 0).all()
+    betas = [p.attention.bandwidth.grad for p in model.propagators]
+    if prior == "planted_partition":  # the block model looks at mediators alone, through each propagator's kernel
+        assert all(b is not None and b.isfinite() and b != 0 for b in betas)
+        assert model.input_latents.signatures.grad is None
+    else:
+        assert betas == [None] * 8
+        with torch.no_grad():  # downhill is apart: pairs that were too near move away
+            s = model.mediator_latents.signatures
+            before, moved = models.distance(s, s), s - 1e-2 * gradient / gradient.norm()
+            near = (before < 0.4) & ~torch.eye(len(s), dtype=torch.bool)
+            assert models.distance(moved, moved)[near].mean() > before[near].mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fitting
+
+
+def shares(signatures, linked, near, far):
+    """Shares in % of linked pairs with δ ≤ near, and of unlinked pairs with δ > far."""
+    s = signatures.detach().double().numpy()
+    s = s / np.linalg.norm(s, axis=1, keepdims=True)
+    delta, upper = 1 - s @ s.T, np.triu(np.ones_like(linked), 1)
+    return 100 * (delta[linked & upper] <= near).mean(), 100 * (delta[~linked & upper] > far).mean()
+
+
+@pytest.mark.slow
+@every_size
+def test_fitted_signatures_hold_each_prior_as_far_as_64_numbers_can(name):
+    """What the fit asks for is δ ≤ .8 of linked and δ ≥ .8 of unlinked pairs; up to the kernel's .9 pairs can talk."""
+    print("\nprior               mediators   links   linked % δ≤.9   δ≤.81   unlinked % δ>.9   δ>.79")
+    for prior in PRIORS:
+        c = config(name, prior)
+        model = models.build(models.on_target(c, "student"), "student")
+        line = models.fit_graph_prior(model, c)
+        linked, signatures = graph(name, prior, c["seed"])[0], model.mediator_latents.signatures
+        (near, far), (asked_near, asked_far) = shares(signatures, linked, 0.9, 0.9), shares(signatures, linked, 0.81, 0.79)
+        print(f"{prior:20}{len(linked):9}{linked.sum() // 2:8}{near:16.2f}{asked_near:8.2f}{far:18.2f}{asked_far:8.2f}", flush=True)
+        assert f"{near:.1f} % of linked" in line and f"{far:.1f} % of unlinked" in line
+        # 29,699 links that follow no pattern are too many for 768 signatures of 64 numbers
+        assert min(near, asked_near, asked_far) >= 99 or (prior, len(linked)) == ("erdos_renyi", 768) and near > 96
