@@ -19,6 +19,7 @@ import functools
 import gzip
 import math
 import os
+import signal
 import zlib
 from typing import NamedTuple
 
@@ -39,6 +40,9 @@ FILL = tuple(round(255 * m) for m in MEAN)                 # colour of what a ro
 # Processes and device: plain `python` is one process; torchrun says in the environment which one this is.
 
 
+PATIENCE = datetime.timedelta(minutes=30)   # how long a process waits for the others: a hung one ends in an error
+
+
 class Setup(NamedTuple):
     device: torch.device
     rank: int
@@ -46,7 +50,7 @@ class Setup(NamedTuple):
 
 
 def setup(device="auto"):
-    """Device and process group of this process -> Setup. A collective that waits longer than 30 minutes fails."""
+    """Device and process group of this process -> Setup. A collective that waits longer than PATIENCE fails."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
@@ -59,7 +63,7 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     return Setup(device, rank, world)
 
 
@@ -783,11 +787,16 @@ def _collate(items):
     return errors[0] if errors else torch.stack(items)
 
 
+def _ignore_sigterm(worker):
+    """A scheduler sends SIGTERM to all processes of a job: the one that trains saves, and still needs its workers then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _loader(dataset, batch, workers, device):
     """Batches of the dataset, in order, on the device; raises the UserError of an unreadable image."""
     # a generator of its own: the loader draws a number for its workers, which must not move torch's global state
     loader = DataLoader(dataset, batch, num_workers=workers, collate_fn=_collate, generator=torch.Generator(),
-                        pin_memory=device.type == "cuda")
+                        worker_init_fn=_ignore_sigterm, pin_memory=device.type == "cuda")
     for images in loader:
         if isinstance(images, UserError):
             raise images
