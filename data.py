@@ -63,7 +63,10 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        # after a restart torchrun's store still holds the addresses of the processes before: torch 2.13 would use them
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
+                                world_size=world)
     return Setup(device, rank, world)
 
 
