@@ -931,9 +931,9 @@ DATA_KEYS = {
     "root": ("", TEXT),
     "image_size": (32, whole(1, 4096)),
     "classes": (None, or_null(whole(2, MANY))),  # null: what the set has
-    "train_images": (0, whole()),  # how many to use, or to draw (glyphs); 0: all
-    "validation_images": (1000, whole(1)),  # held out from the training images; choices are made on them
-    "test_images": (0, whole()),
+    "train_images": (0, whole(0, 10**8)),  # how many to use, or to draw (glyphs); 0: all
+    "validation_images": (1000, whole(1, 10**8)),  # held out from the training images; choices are made on them
+    "test_images": (0, whole(0, 10**8)),
     "robustness": ([], TEXTS),  # further test sets: renditions, or a folder of <class name>/*
     "pad": (0, whole()),  # random crop after padding by so many pixels
     "resized_crop": (None, or_null(numbers(number(0.001, 1), 2))),  # random resized crop: range of areas
@@ -1446,6 +1446,10 @@ def resume(config, process, name, content, parts):
         return 0
     path = Path(config["output_dir"], name)
     check_like(content, {"step": 0, "lines": [], "parts": {}}, f"{path}:")
+    try:
+        json.dumps([{**line} for line in content["lines"]])
+    except (TypeError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: lines are not the log's ({e}); force=true starts the stage again.") from None
     for i, (module, optimizer, sums) in parts.items():
         if i not in content["parts"]:
             raise UserError(f"{path} was begun without module {i}, whose own file is missing now: train it with "
@@ -1504,7 +1508,7 @@ def add_log(config, process, lines):
     if process.rank or not lines:
         return
     try:
-        texts = [json.dumps({**line}) + "\n" for line in lines]
+        texts = [json.dumps(line) + "\n" for line in lines]
         with open(path, "a+b") as file:
             file.seek(0)
             old = file.read()
@@ -1512,8 +1516,6 @@ def add_log(config, process, lines):
             file.write("".join(text for text in texts if text.encode() not in old).encode())
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e}); all is saved: start again to go on.") from None
-    except (TypeError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot have the unfinished stage's lines ({e}); force=true starts it again.") from None
     for line in lines:
         say(process, "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
 
