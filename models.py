@@ -608,7 +608,8 @@ def fit_signatures(signatures, linked, steps=1000, threshold=0.8):
     with torch.no_grad():
         signatures.copy_(s)
         near = distance(s, s) <= TRUNCATION
-    return near[linked].float().mean().item(), (~near)[~linked & pair].float().mean().item()
+    shares = near[linked].float().mean(), (~near)[~linked & pair].float().mean()
+    return tuple(share.nan_to_num(1).item() for share in shares)  # of no pairs: all
 
 
 def hinge_repulsion(nac, threshold=0.4):
