@@ -36,8 +36,6 @@ import data
 import models
 from conftest import ROOT
 
-models.remove = lambda config, name: None  # in forks finished stages leave their last optimiser's state, to be compared
-
 STAGE = dict(epochs=2, batch=8, accumulate=2, lr=0.05, warmup=0.5, clip=1, drop_path=0.2)  # 4 steps of 16 images
 VIT = dict(patch=8, width=16, heads=2, mlp_ratio=2, init_std=0.1)
 CONFIG = {
@@ -88,6 +86,7 @@ def start(script, path, *words, before=None, env={}):
         os.environ.update(env)
         torch.set_num_threads(1)
         warnings.simplefilter("error")  # our code gives none
+        models.remove = lambda config, name: None  # finished stages leave their last optimiser's state, to be compared
         if before:
             before()
         sys.argv = [str(ROOT / f"{script}.py"), "--config", str(path), *words]
