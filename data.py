@@ -484,11 +484,12 @@ def _cifar100(options, part):
 def _cub(options, part):
     """CUB-200-2011: three lists, joined by the image's number, say each file's class (from 1) and split."""
     root = _inside(_root(options), "CUB_200_2011", "images.txt")
-    lists = [{line[0]: line[1] for line in _lines(os.path.join(root, f"{name}.txt"))}
+    lists = [{line[0]: line[-1] for line in _lines(os.path.join(root, f"{name}.txt"))}
              for name in ("images", "image_class_labels", "train_test_split")]
-    if not lists[0].keys() == lists[1].keys() == lists[2].keys():
-        raise UserError(f"{root}'s images.txt, image_class_labels.txt and train_test_split.txt do not list the same "
-                        "images; unpack CUB-200-2011 again")
+    if not (lists[0].keys() == lists[1].keys() == lists[2].keys() and set(lists[2].values()) <= {"0", "1"}
+            and all(label.isdecimal() for label in lists[1].values())):
+        raise UserError(f"{root}'s images.txt, image_class_labels.txt and train_test_split.txt do not tell the "
+                        "same images' classes and splits; unpack CUB-200-2011 again")
     files, labels, names = [], [], {}
     for number, file in lists[0].items():
         names[int(lists[1][number]) - 1] = file.split("/")[0]

@@ -1414,7 +1414,7 @@ def needed(config, role, stage=None, name=None):
 def begin(config, process, name):
     """Makes the run's folder, the one that the stage's file `name` goes to, and the resolved config in it."""
     for other in config["data"]["robustness"]:  # first used when all is trained, so look now
-        if other != "renditions" and not Path(other).is_dir():
+        if other != "renditions" and not os.path.isdir(other):
             raise UserError(f"data.robustness has {other}, which is not a folder; data.robustness=[] goes without.")
     if process.rank == 0:
         folder = Path(config["output_dir"])

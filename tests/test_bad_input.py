@@ -231,6 +231,19 @@ def test_classes_that_differ_between_train_and_val_are_one_sentence(here, capsys
     refused(capsys, "set/val", "evaluate", *words)
 
 
+@pytest.mark.parametrize("name, line", [("images", "0"), ("images", "x 001.a/0.png"), ("image_class_labels", "0 x"), ("image_class_labels", "0"),
+                                        ("image_class_labels", "0 7"), ("image_class_labels", "0 -1"), ("train_test_split", "0 2"),
+                                        ("train_test_split", ""), ("images", "\\xff")])
+def test_a_bad_list_of_cub_is_one_sentence(here, capsys, name, line):
+    (here / "cub").mkdir()
+    lists = {"images": ["0 001.a/0.png", "1 002.b/1.png"], "image_class_labels": ["0 1", "1 2"], "train_test_split": ["0 1", "1 0"]}
+    lists[name][0] = line
+    for file, lines in lists.items():
+        (here / f"cub/{file}.txt").write_bytes("\n".join(lines).encode().replace(rb"\xff", b"\xff"))
+    refused(capsys, "cub", "finetune", "role=meta", "data.set=cub", "data.root=cub", "data.classes=2", "data.validation_images=1",
+            "data.train_images=0", "data.test_images=0")
+
+
 @pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\3short"), gzip.compress(b"x" * 2000),
                                      gzip.compress(b"\0\0\x08\3" + np.array([5, 28, 28], ">i4").tobytes() + b"1" * 99),
                                      gzip.compress(os.urandom(5000))[:-400]])
