@@ -27,7 +27,7 @@ def assemble(config, role, force, process):
     stage, name = f"assemble_{role}", f"{role}_assembled.pt"
     if result := models.finished(config, stage, name, force):
         return models.say(process, f"{stage}: {result} is finished; skipped (force=true repeats it).")
-    models.begin(config, process)
+    models.begin(config, process, name)
     whole = models.build(config, role)
     models.say(process, models.fit_graph_prior(whole, config) if role == "student" else "")
 

@@ -19,6 +19,7 @@ import functools
 import gzip
 import math
 import os
+import signal
 import zlib
 from typing import NamedTuple
 
@@ -39,6 +40,9 @@ FILL = tuple(round(255 * m) for m in MEAN)                 # colour of what a ro
 # Processes and device: plain `python` is one process; torchrun says in the environment which one this is.
 
 
+PATIENCE = datetime.timedelta(minutes=30)   # how long a process waits for the others: a hung one ends in an error
+
+
 class Setup(NamedTuple):
     device: torch.device
     rank: int
@@ -46,7 +50,7 @@ class Setup(NamedTuple):
 
 
 def setup(device="auto"):
-    """Device and process group of this process -> Setup. A collective that waits longer than 30 minutes fails."""
+    """Device and process group of this process -> Setup. A collective that waits longer than PATIENCE fails."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
@@ -59,7 +63,10 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+        # after a restart torchrun's store still holds the addresses of the processes before: torch 2.13 would use them
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
+                                world_size=world)
     return Setup(device, rank, world)
 
 
@@ -479,11 +486,12 @@ def _cifar100(options, part):
 def _cub(options, part):
     """CUB-200-2011: three lists, joined by the image's number, say each file's class (from 1) and split."""
     root = _inside(_root(options), "CUB_200_2011", "images.txt")
-    lists = [{line[0]: line[1] for line in _lines(os.path.join(root, f"{name}.txt"))}
+    lists = [{line[0]: line[-1] for line in _lines(os.path.join(root, f"{name}.txt"))}
              for name in ("images", "image_class_labels", "train_test_split")]
-    if not lists[0].keys() == lists[1].keys() == lists[2].keys():
-        raise UserError(f"{root}'s images.txt, image_class_labels.txt and train_test_split.txt do not list the same "
-                        "images; unpack CUB-200-2011 again")
+    if not (lists[0].keys() == lists[1].keys() == lists[2].keys() and set(lists[2].values()) <= {"0", "1"}
+            and all(label.isdecimal() for label in lists[1].values())):
+        raise UserError(f"{root}'s images.txt, image_class_labels.txt and train_test_split.txt do not tell the "
+                        "same images' classes and splits; unpack CUB-200-2011 again")
     files, labels, names = [], [], {}
     for number, file in lists[0].items():
         names[int(lists[1][number]) - 1] = file.split("/")[0]
@@ -805,11 +813,16 @@ class _Pictures(Dataset):
         return np.asarray(rendition(image, index) if self.imageset.rendition else image)
 
 
+def _ignore_sigterm(worker):
+    """A scheduler sends SIGTERM to all processes of a job: the one that trains saves, and still needs its workers then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _loader(dataset, workers, device):
     """The dataset's batches, in order, on the device; raises the UserError of an unreadable image."""
     # a generator of its own: the loader draws a number for its workers, which must not move torch's global state
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator(),
-                        pin_memory=device.type == "cuda")
+                        worker_init_fn=_ignore_sigterm, pin_memory=device.type == "cuda")
     for images in loader:
         if isinstance(images, UserError):
             raise images

@@ -73,11 +73,8 @@ def main():
                    "repeats them).")
     if not todo:
         return
-    models.begin(config, process)
     resumed = models.unfinished(config, stage, name, words.force)
-    if resumed and (lost := set(todo) - set(resumed["models"])):
-        raise models.UserError(f"{config['output_dir']}/{name} was begun without modules {lost}, which are missing now; "
-                               f"train them with module={min(lost)} … first, or repeat all with force=true.")
+    models.begin(config, process, name)
 
     train, validation = data.load(config, "train", stage), data.load(config, "validation")
     steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], stage)
@@ -102,22 +99,17 @@ def main():
     optimizers = {i: models.optimizer(student, c) for i, student in students.items()}
 
     # loss·images, correct, images of the epoch so far: a row a process, of which `own` is this one's
-    step, sums = 0, {i: torch.zeros(process.world, 3, device=device) for i in todo}
+    sums = {i: torch.zeros(process.world, 3, device=device) for i in todo}
     own = {i: rows[process.rank] for i, rows in sums.items()}
-    if resumed:
-        for i in todo:
-            students[i].load_state_dict(resumed["models"][i])
-            optimizers[i].load_state_dict(resumed["optimizers"][i])
-            own[i].copy_(resumed["sums"][i][process.rank])
-        step = resumed["step"]
-        models.add_log(config, process, resumed["lines"])
+    parts = {i: (students[i], optimizers[i], sums[i]) for i in todo}
+    step = models.resume(config, process, name, resumed, parts)
     parallel = {i: DistributedDataParallel(s) if process.world > 1 else s for i, s in students.items()}
     models.say(process, f"{stage}: modules {todo} of {[models.count(students[i]) for i in todo]} parameters, "
                f"{len(train):,} images, {c['epochs']} epochs of {steps} steps of {total_batch} images, learning rate "
                f"{c['lr'] * total_batch / 512:g}" + (f", resumed at step {step}" if resumed else ""))
 
     while step < c["epochs"] * steps:
-        epoch, first, began, stop = step // steps, step % steps, time.time(), False
+        epoch, first, began = step // steps, step % steps, time.time()
         for student in students.values():
             student.train()
         batches = data.train_batches(train, config, stage, epoch, process, start_step=first)
@@ -151,9 +143,10 @@ def main():
             step += 1
             if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
                 for i in todo:
-                    models.check_finite(own[i][0], f"{stage}: the loss of module {i} at step {step}", config)
+                    loss_sum = data.sum_over_processes(own[i][0].clone())  # what one process meets stops all
+                    models.check_finite(loss_sum, f"{stage}: the loss of module {i} at step {step}", config)
                 bar.set_postfix({f"top1 {i}": f"{100 * own[i][1] / own[i][2]:.1f}" for i in todo}, lr=f"{lr:.1e}")
-            if stop := data.stop_asked(process, step, steps):
+            if data.stop_asked(process, step, steps):
                 break
 
         lines = []
@@ -170,13 +163,9 @@ def main():
                 sums[i].zero_()
         for i in todo:
             data.sum_over_processes(sums[i])  # all rows for rank 0's file; zeros after a whole epoch
-        if main_process:
-            models.save_unfinished(config, stage, name, {
-                "models": {i: s.state_dict() for i, s in students.items()},
-                "optimizers": {i: o.state_dict() for i, o in optimizers.items()}, "step": step, "sums": sums,
-                "lines": lines})
+        models.save_unfinished(config, process, stage, name, parts, step, lines)
         models.add_log(config, process, lines)
-        models.leave(process, stop)
+        models.leave(process, data.stop_asked(process, step, steps))
 
     if main_process:
         for i in todo:

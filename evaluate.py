@@ -142,9 +142,9 @@ def keep_result(folder, result):
     path = folder / "results.json"
     try:
         results = json.loads(path.read_text()) if path.exists() else []
-    except ValueError:
-        raise models.UserError(f"{path} is not JSON; remove it and evaluate again.") from None
-    results = [r for r in results if (r["role"], r["set"]) != (result["role"], result["set"])] + [result]
+        results = [r for r in results if (r["role"], r["set"]) != (result["role"], result["set"])] + [result]
+    except (ValueError, TypeError, KeyError):
+        raise models.UserError(f"{path} is not a list of results; remove it and evaluate again.") from None
     models.write_text(path, json.dumps(results, indent=1))
 
 
@@ -165,20 +165,22 @@ def report(folders):
         try:
             config = yaml.safe_load((folder / "config.yaml").read_text())
             results = json.loads((folder / "results.json").read_text())
+            logs = [[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+                    for log in (folder / "log.jsonl", Path(config["share"] or folder, "log.jsonl"))]
+            own = {line["stage"] for line in logs[0]}
+            # by stage, module, epoch: a stage that was forced again counts once, and a shared one only if the run has none
+            spent = {(line["stage"], line.get("module"), line["epoch"]): line["seconds"]
+                     for line in [line for line in logs[1] if line["stage"] not in own] + logs[0]}
+            for role in {r["role"] for r in results}:
+                made = json.loads(models.settings(config, role))
+                seed = made.pop("seed")
+                top1 = {r["set"]: r["top1"] for r in results if r["role"] == role}
+                cost = [sum(s for (stage, *_), s in spent.items() if stage in stages) for stages in STAGES[role]]
+                rows.setdefault((role, json.dumps(made)), {})[seed] = (top1, cost)
         except OSError:
             continue  # not a run, or not evaluated yet
-        logs = [[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-                for log in (folder / "log.jsonl", Path(config["share"] or "", "log.jsonl"))]
-        own = {line["stage"] for line in logs[0]}
-        # by stage, module, epoch: a stage that was forced again counts once, and a shared one only if the run has none
-        spent = {(line["stage"], line.get("module"), line["epoch"]): line["seconds"]
-                 for line in [line for line in logs[1] if line["stage"] not in own] + logs[0]}
-        for role in {r["role"] for r in results}:
-            made = json.loads(models.settings(config, role))
-            seed = made.pop("seed")
-            top1 = {r["set"]: r["top1"] for r in results if r["role"] == role}
-            cost = [sum(s for (stage, *_), s in spent.items() if stage in stages) for stages in STAGES[role]]
-            rows.setdefault((role, json.dumps(made)), {})[seed] = (top1, cost)
+        except (ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as e:
+            raise models.UserError(f"{folder}: config.yaml, results.json or log.jsonl is damaged ({e}).") from None
     if not rows:
         raise models.UserError(f"no results in {', '.join(map(str, folders)) or 'no folder'}: run evaluate.py first.")
     sets = list(dict.fromkeys(name for runs in rows.values() for top1, _ in runs.values() for name in top1))

@@ -57,8 +57,9 @@ def main():
     result = models.finished(config, role, f"{role}.pt", words.force)
     if result:
         return models.say(process, f"{role}: {result} is finished; skipped (force=true repeats it).")
-    models.begin(config, process)
-    resumed = models.unfinished(config, role, f"{role}.unfinished.pt", words.force)
+    name = f"{role}.unfinished.pt"
+    resumed = models.unfinished(config, role, name, words.force)
+    models.begin(config, process, name)
 
     train, validation = data.load(target, "train", stage), data.load(target, "validation")
     steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], stage)
@@ -78,21 +79,17 @@ def main():
     optimizer = models.optimizer(model, c)
 
     # loss·images, correct, images of the epoch so far: a row a process, of which `own` is this one's
-    step, sums = 0, torch.zeros(process.world, 3, device=device)
+    sums = torch.zeros(process.world, 3, device=device)
     own = sums[process.rank]
-    if resumed:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        own.copy_(resumed["sums"][process.rank])
-        step = resumed["step"]
-        models.add_log(config, process, resumed["lines"])
+    parts = {role: (model, optimizer, sums)}
+    step = models.resume(config, process, name, resumed, parts)
     parallel = DistributedDataParallel(model) if process.world > 1 else model
     models.say(process, f"{role}: {models.count(model):,} parameters, {len(train):,} images, {c['epochs']} epochs of "
                f"{steps} steps of {total_batch} images, learning rate {c['lr'] * total_batch / 512:g}"
                + (f", resumed at step {step}" if resumed else ""))
 
     while step < c["epochs"] * steps:
-        epoch, first, began, stop = step // steps, step % steps, time.time(), False
+        epoch, first, began = step // steps, step % steps, time.time()
         model.train()
         batches = data.train_batches(train, target, stage, epoch, process, start_step=first)
         bar = tqdm(batches, f"{role} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
@@ -119,9 +116,10 @@ def main():
             models.update(model, optimizer, lr, c["clip"])
             step += 1
             if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
-                models.check_finite(own[0], f"{role}: the loss at step {step}", config)
+                loss_sum = data.sum_over_processes(own[0].clone())  # what one process meets stops all
+                models.check_finite(loss_sum, f"{role}: the loss at step {step}", config)
                 bar.set_postfix(loss=f"{own[0] / own[2]:.3f}", top1=f"{100 * own[1] / own[2]:.1f}", lr=f"{lr:.1e}")
-            if stop := data.stop_asked(process, step, steps):
+            if data.stop_asked(process, step, steps):
                 break
 
         lines = []
@@ -134,16 +132,13 @@ def main():
                       **models.expert_load(model)}]
             sums.zero_()
         data.sum_over_processes(sums)  # all rows for rank 0's file; zeros after a whole epoch
-        if main_process:
-            models.save_unfinished(config, role, f"{role}.unfinished.pt", {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "sums": sums,
-                "lines": lines})
+        models.save_unfinished(config, process, role, name, parts, step, lines)
         models.add_log(config, process, lines)
-        models.leave(process, stop)
+        models.leave(process, data.stop_asked(process, step, steps))
 
     if main_process:
         models.save_finished(config, role, f"{role}.pt", model.state_dict())
-        models.remove(config, f"{role}.unfinished.pt")
+        models.remove(config, name)
     del parallel  # before the process group that it uses, or leaving can hang
     data.close()
 

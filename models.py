@@ -612,7 +612,8 @@ def fit_signatures(signatures, linked, steps=1000, threshold=0.8):
     with torch.no_grad():
         signatures.copy_(s)
         near = distance(s, s) <= TRUNCATION
-    return near[linked].float().mean().item(), (~near)[~linked & pair].float().mean().item()
+    shares = near[linked].float().mean(), (~near)[~linked & pair].float().mean()
+    return tuple(share.nan_to_num(1).item() for share in shares)  # of no pairs: all
 
 
 def hinge_repulsion(nac, threshold=0.4):
@@ -921,6 +922,7 @@ def or_null(rule):
     return (lambda v: v is None or rule[0](v)), rule[1] + ", or null"
 
 
+MANY = 1_000_000  # of anything in a model: more is a slip of the keyboard, which no memory would hold
 FLAG = (lambda v: type(v) is bool), "true or false"
 TEXT = (lambda v: type(v) is str and v.isprintable() and len(v) < 256), "printable text of at most 255 characters"
 TEXTS = (lambda v: type(v) is list and all(type(x) is str for x in v)), "a list of texts"
@@ -935,10 +937,10 @@ DATA_KEYS = {
     "set": ("glyphs", one_of(*CLASSES, "folder")),
     "root": ("", TEXT),
     "image_size": (32, whole(1, 4096)),
-    "classes": (None, or_null(whole(2))),  # null: what the set has
-    "train_images": (0, whole()),  # how many to use, or to draw (glyphs); 0: all
-    "validation_images": (1000, whole(1)),  # held out from the training images; choices are made on them
-    "test_images": (0, whole()),
+    "classes": (None, or_null(whole(2, MANY))),  # null: what the set has
+    "train_images": (0, whole(0, 10**8)),  # how many to use, or to draw (glyphs); 0: all
+    "validation_images": (1000, whole(1, 10**8)),  # held out from the training images; choices are made on them
+    "test_images": (0, whole(0, 10**8)),
     "robustness": ([], TEXTS),  # further test sets: renditions, or a folder of <class name>/*
     "pad": (0, whole()),  # random crop after padding by so many pixels
     "resized_crop": (None, or_null(numbers(number(0.001, 1), 2))),  # random resized crop: range of areas
@@ -948,22 +950,22 @@ DATA_KEYS = {
     "mixup": (0.0, number()),
     "cutmix": (0.0, number()),
     "smoothing": (0.0, number(0, 0.999)),
-    "repeats": (1, whole(1)),  # repeated augmentation
-    "workers": (4, whole()),  # processes that read image files
+    "repeats": (1, whole(1, 100)),  # repeated augmentation
+    "workers": (4, whole(0, 256)),  # processes that read image files
 }
 
 VIT_KEYS = {
     "arch": (None, or_null(one_of(*ARCHITECTURES))),  # fills patch, width, heads and depth
     "depth": (None, or_null(whole(1))),  # only a check: what depths must sum to
-    "patch": (8, whole(1)),
-    "width": (64, whole(1)),
-    "heads": (4, whole(1)),
-    "depths": ([1, 1, 1], numbers(whole(1))),  # blocks of each module
+    "patch": (8, whole(1, 4096)),
+    "width": (64, whole(1, MANY)),
+    "heads": (4, whole(1, MANY)),
+    "depths": ([1, 1, 1], numbers(whole(1, 1000))),  # blocks of each module
     "mlp_ratio": (4.0, number(0.01, 64)),
     "qkv_bias": (True, FLAG),  # off in the original's ViT-Huge
     "eps": (1e-6, number(1e-12)),  # of the LayerNorms; 1e-5 in the original's ViT-Huge
     "init_std": (0.02, number(1e-6)),  # of the weights; DeiT's .02 suits widths from about 200 up, .1 widths near 64
-    "experts": (0, whole()),  # 0: a plain MLP
+    "experts": (0, whole(0, MANY)),  # 0: a plain MLP
     "top_k": (2, whole(1)),
     "moe_blocks": (None, or_null(numbers(whole()))),  # which blocks have experts; null: all
     "balance": (0.0, number()),  # weight of V-MoE's importance + load loss; .01 in V-MoE, 0 in m2mKD
@@ -1006,15 +1008,15 @@ KEYS = {
 
     "student.kind": ("nac", one_of("nac", "vmoe")),
     # the NAC's own keys; width, heads and mlp_ratio (of its FFNs) are shared with the ViT
-    "student.latents": ([16, 32, 4], numbers(whole(1), 3)),  # input, mediator, output
-    "student.propagators": (1, whole(1)),
-    "student.head_width": (16, whole(1)),
-    "student.code_width": (None, or_null(whole(1))),  # null: width
-    "student.signature_width": (64, whole(1)),
+    "student.latents": ([16, 32, 4], numbers(whole(1, MANY), 3)),  # input, mediator, output
+    "student.propagators": (1, whole(1, 1000)),
+    "student.head_width": (16, whole(1, MANY)),
+    "student.code_width": (None, or_null(whole(1, MANY))),  # null: width
+    "student.signature_width": (64, whole(1, MANY)),
     "student.tokenizer_stages": (2, whole(2)),
-    "student.tokenizer_blocks": (3, whole(1)),
-    "student.grid_width": (64, whole(1)),  # channels of the position grid
-    "student.grid_size": (None, or_null(whole(1))),  # null: as many places as tokens
+    "student.tokenizer_blocks": (3, whole(1, 1000)),
+    "student.grid_width": (64, whole(1, MANY)),  # channels of the position grid
+    "student.grid_size": (None, or_null(whole(1, 4096))),  # null: as many places as tokens
     "student.graph": ("none", one_of("none", "scale_free", "planted_partition", "ring_of_cliques", "erdos_renyi")),
     "student.graph_m": (2, whole(1)),  # scale_free: links of a new node
     "student.graph_groups": (8, whole(2)),  # planted_partition, ring_of_cliques
@@ -1042,7 +1044,13 @@ KEYS = {
 
 
 class Yaml(yaml.SafeLoader):
-    """YAML, a key that stands twice in a block is refused: the first would be lost in silence."""
+    """YAML; a key that stands twice in a block is refused, for the first would be lost in silence, and so are aliases,
+    with which a few lines can stand for more than memory holds."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias (*) is not allowed{self.peek_event().start_mark}")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -1055,7 +1063,7 @@ def parse(text, what):
     """YAML -> plain values. Raises UserError that begins with `what`."""
     try:
         value = yaml.load(text, Yaml)
-        json.dumps(value, default=str)  # refuses a list within itself, numbers of thousands of digits …
+        json.dumps(value, default=str)  # refuses numbers of thousands of digits …
         return value
     except Exception as e:  # PyYAML lets out errors of many kinds: 2024-13-45 looks like a date, !!timestamp x …
         raise UserError(f"{what} is not YAML that can be read: {' '.join(str(e).split())}.") from None
@@ -1144,8 +1152,9 @@ def check_fit(c):
         require(c["student.width"] % 4 == 0, f"student.width={c['student.width']} must be a multiple of 4.")
         require(c["student.tokenizer_stages"] <= 3, "student.tokenizer_stages must be 2 or 3.")
         stride = 2 ** (c["student.tokenizer_stages"] + 1)
-        require(c["data.image_size"] >= stride, f"data.image_size={c['data.image_size']} is smaller than the "
-                f"tokenizer's stride of {stride}.")
+        for block in ("data", "target"):
+            size = c[f"{block}.image_size"] or c["data.image_size"]
+            require(size % stride == 0, f"{block}.image_size={size} is not a multiple of the tokenizer's stride of {stride}.")
         for key in ("graph_groups", "sbm_groups"):
             require(c[f"student.{key}"] * 2 <= c["student.latents"][1],
                     f"student.{key}={c[f'student.{key}']} leaves groups of fewer than two mediators.")
@@ -1186,7 +1195,10 @@ def unflatten(flat):
 
 
 def save(path, content):
-    """Writes a checkpoint: tensors, numbers and strings only."""
+    """Writes a checkpoint: tensors, numbers and strings only. Its folder is begin()'s to make: if it has vanished, so has
+    what the run had finished, and that must not go unnoticed."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: the folder {path.parent} has vanished; start again to begin anew.")
     write(path, lambda file: torch.save(content, file))
 
 
@@ -1197,7 +1209,7 @@ def write_text(path, text):
 def write(path, put):
     """Writes a file so that `path` is always whole: beside it, fsync, rename. Raises UserError where that fails."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")  # jobs in containers share process numbers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -1215,15 +1227,17 @@ def write(path, put):
 def read(path):
     """Reads a checkpoint with weights_only=True: nothing in it is executed. Raises UserError if it is not whole."""
     try:
+        if not Path(path).is_file():  # a pipe or a device might never end
+            raise UserError(f"{path} cannot be read: there is no such file.")
         if zipfile.is_zipfile(path):  # torch does not check the checksums that it writes
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():
                     raise UserError(f"{path} is damaged: the checksum of its record {bad} is wrong.")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror or e}.") from None
     except UserError:
         raise
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror or e}.") from None
     except Exception as e:  # pickle, zip and torch each have errors of their own for a broken or foreign file
         raise UserError(f"{path} is not a checkpoint that can be read safely "
                         f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}).") from None
@@ -1243,7 +1257,7 @@ ORIGINAL_NAMES = [(re.compile(pattern), ours) for pattern, ours in [
 ]]
 
 
-def translate(state, model):
+def translate(state, model, path="a checkpoint"):
     """A state dict with timm's, Deep Incubation's, the original's or our names -> our names for `model`."""
     state = {name.removeprefix("module."): value for name, value in state.items()}
     if not isinstance(model, NAC):  # Deep Incubation keeps every tensor twice; the copies under blocks.* are the plain model
@@ -1259,6 +1273,8 @@ def translate(state, model):
         rows = []
         while (one := name.replace(".experts.0.", f".experts.{len(rows)}.")) in out:
             rows.append(out.pop(one).squeeze(0))
+        if any(row.shape != rows[0].shape for row in rows):
+            raise UserError(f"{path}: the tensors {name} and those of the other experts differ in shape.")
         out[name.replace("experts.0.htoh4.", "fc1_").replace("experts.0.h4toh.", "fc2_")] = torch.stack(rows)
     if isinstance(model, ViT):  # kept stitches stand in the last block of one module and in the first of the next
         ends = np.cumsum([len(part.blocks) for part in model.parts]).tolist()
@@ -1289,16 +1305,17 @@ def unwrap(content, path):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not content or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided for k, v in content.items()):
-        raise UserError(f"{path} holds no state dict (names to dense tensors).")
+            isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and v.is_floating_point()
+            and v.device.type == "cpu" for k, v in content.items()):
+        raise UserError(f"{path} holds no state dict (names to dense tensors of floating-point numbers).")
     return check_weights(content, path)
 
 
-def check_weights(state, path):
-    """Returns a state dict; raises UserError if a tensor in it is not finite."""
+def check_weights(state, what):
+    """Returns a state dict; raises UserError, beginning with `what`, if a tensor in it is not finite."""
     for name, value in state.items():
         if not value.isfinite().all():
-            raise UserError(f"{path}: the tensor {name} is not finite; train again with a lower learning rate, warm-up "
+            raise UserError(f"{what}: the tensor {name} is not finite; train again with a lower learning rate, warm-up "
                             "or gradient clipping.")
     return state
 
@@ -1345,7 +1362,7 @@ def join_modules(model, folder):
 
 
 def load_state(model, state, path):
-    state, own = translate(state, model), model.state_dict()
+    state, own = translate(state, model, path), model.state_dict()
     if "pos_embed" in own and "pos_embed" in state and state["pos_embed"].ndim == 3:
         if state["pos_embed"].shape != own["pos_embed"].shape:
             state["pos_embed"] = resize_pos_embed(state["pos_embed"], own["pos_embed"].shape[1])
@@ -1393,7 +1410,7 @@ def difference(content, config, stage):
     """In words, the first setting in which a checkpoint differs from the config; None if there is no difference."""
     try:
         old, new = json.loads(content["settings"]), json.loads(settings(config, stage))
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         old = None
     if not isinstance(old, dict):
         return "settings that it does not tell"
@@ -1432,16 +1449,16 @@ def needed(config, role, stage=None, name=None):
     return path
 
 
-def begin(config, process):
-    """Makes the run's folder with the resolved config; from here on SIGTERM asks the loop to save and leave."""
+def begin(config, process, name):
+    """Makes the run's folder, the one that the stage's file `name` goes to, and the resolved config in it."""
     for block in ("data", "target"):
-        for name in config[block]["robustness"] or []:  # first used when all is trained, so look now
-            if name != "renditions" and not Path(name).is_dir():
-                raise UserError(f"{block}.robustness has {name}, which is not a folder; {block}.robustness=[] goes without.")
-    signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
+        for other in config[block]["robustness"] or []:  # first used when all is trained, so look now
+            if other != "renditions" and not os.path.isdir(other):
+                raise UserError(f"{block}.robustness has {other}, which is not a folder; {block}.robustness=[] goes without.")
     if process.rank == 0:
         folder = Path(config["output_dir"])
-        write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
+        Path(folder, name).parent.mkdir(exist_ok=True)
 
 
 def unfinished(config, stage, name, force=False):
@@ -1451,16 +1468,66 @@ def unfinished(config, stage, name, force=False):
         return None
     content, world = read(path), int(os.environ.get("WORLD_SIZE", 1))
     other = difference(content, config, stage)
-    if not other and content["world"] != world:  # a step would be of another number of images
-        other = f"{content['world']} processes instead of {world}"
+    if not other and content.get("world") != world:  # a step would be of another number of images
+        other = f"{content.get('world')} processes instead of {world}"
     if other:
         raise UserError(f"{path} was begun with {other}; choose another output_dir, or force=true to start again.")
     return content
 
 
-def save_unfinished(config, stage, name, content):
-    save(Path(config["output_dir"], name), {**content, "settings": settings(config, stage),
-                                             "world": int(os.environ.get("WORLD_SIZE", 1))})
+def resume(config, process, name, content, parts):
+    """Puts what unfinished() found back into `parts` -> the step to go on from; 0 if it found nothing (None).
+
+    parts: {i: (module, its AdamW, its sums)}, as in save_unfinished. Raises UserError naming the first piece that is
+    missing, or of another type or shape. From here on SIGTERM asks the loop to save and leave; before, it just ends us.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: STOP.append(True))
+    if content is None:
+        return 0
+    path = Path(config["output_dir"], name)
+    check_like(content, {"step": 0, "lines": [], "parts": {}}, f"{path}:")
+    try:
+        json.dumps([{**line} for line in content["lines"]])
+    except (TypeError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: lines are not the log's ({e}); force=true starts the stage again.") from None
+    for i, (module, optimizer, sums) in parts.items():
+        if i not in content["parts"]:
+            raise UserError(f"{path} was begun without module {i}, whose own file is missing now: train it with "
+                            f"module={i} first, or repeat all with force=true.")
+        groups, part = optimizer.state_dict()["param_groups"], content["parts"][i]
+        weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+        moments = {n: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for n, p in enumerate(weights)}
+        check_like(part, {"model": module.state_dict(), "optimizer": moments, "sums": sums}, f"{path}: {i}")
+        load_state(module, part["model"], path)
+        optimizer.load_state_dict({"state": part["optimizer"], "param_groups": groups})
+        sums[process.rank].copy_(part["sums"][process.rank])
+        if any(moment["step"] != content["step"] for moment in part["optimizer"].values()):
+            raise UserError(f"{path}: {i} step {content['step']} is not the optimizer's; force=true starts the stage again.")
+    add_log(config, process, content["lines"])
+    return content["step"]
+
+
+def check_like(content, example, what):
+    """Raises UserError, beginning with `what`, if a piece of the example is missing or of another type or shape in content."""
+    if isinstance(content, dict) and isinstance(example, dict):
+        for key in example:
+            check_like(content.get(key), example[key], f"{what} {key}")
+        return
+    old, new = (f"a tensor {tuple(v.shape)} {v.dtype} {v.layout}" if isinstance(v, torch.Tensor) else
+                "missing" if v is None else type(v).__name__ for v in (content, example))
+    if old != new:
+        raise UserError(f"{what} is {old}, not {new}; force=true starts the stage again.")
+
+
+def save_unfinished(config, process, stage, name, parts, step, lines):
+    """Writes all that a stage needs to go on: of each part (module, optimiser, sums) the tensors, the step, the last lines
+    of the log. Something that is not finite stops every process, before it can replace the last good checkpoint."""
+    parts = {i: {"model": module.state_dict(), "optimizer": optimizer.state_dict()["state"], "sums": sums}
+             for i, (module, optimizer, sums) in parts.items()}
+    check_weights(flatten(parts), f"{Path(config['output_dir'], name)} stays as it was before step {step}")
+    if process.rank == 0:
+        save(Path(config["output_dir"], name), {
+            "parts": parts, "step": step, "lines": lines, "settings": settings(config, stage), "world": process.world})
 
 
 def save_finished(config, stage, name, state):
@@ -1470,19 +1537,27 @@ def save_finished(config, stage, name, state):
 
 
 def remove(config, name):
-    """Removes a file of the run, if it is there: what was unfinished and is finished now."""
-    Path(config["output_dir"], name).unlink(missing_ok=True)
+    """Removes what was unfinished and is finished now, and what kills left of attempts to write it."""
+    for path in Path(config["output_dir"]).glob(f"{name}*"):
+        path.unlink(missing_ok=True)
 
 
 def add_log(config, process, lines):
     """Appends lines to the run's log.jsonl, but none twice: after a resume the last ones may be there already."""
     path = Path(config["output_dir"], "log.jsonl")
-    for line in lines if process.rank == 0 else ():
+    if process.rank or not lines:
+        return
+    try:
+        texts = [json.dumps(line) + "\n" for line in lines]
+        with open(path, "a+b") as file:
+            file.seek(0)
+            old = file.read()
+            file.truncate(old.rfind(b"\n") + 1)  # a disk that was full may have cut a line short; it comes again now
+            file.write("".join(text for text in texts if text.encode() not in old).encode())
+    except OSError as e:
+        raise UserError(f"{path} cannot be written ({e}); all is saved: start again to go on.") from None
+    for line in lines:
         say(process, "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
-        text = json.dumps(line) + "\n"
-        if not path.exists() or text not in path.read_text():
-            with open(path, "a") as file:
-                file.write(text)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1550,7 +1625,11 @@ STOP = []  # filled by SIGTERM
 def leave(process, stop):
     """Leaves after SIGTERM: all is saved."""
     if stop:
-        say(process, f"SIGTERM: saved; to go on: python {shlex.join(sys.argv)}")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))  # torchrun's: processes on this machine
+        launch = f"torchrun --nproc_per_node={local}" if local else "python"
+        if local and process.world > local:
+            launch += f" --nnodes={process.world // local} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+        say(process, f"SIGTERM: saved; to go on: {launch} {shlex.join(sys.argv)}")
         sys.exit(143)
 
 
@@ -1675,9 +1754,11 @@ def command_line(doc, roles, more=()):
 
 
 def run(main):
-    """Runs a stage's main(). Bad input ends in one sentence and exit code 2, without a traceback."""
+    """Runs a stage's main(). Bad input, a full disk or too little memory end in one sentence and exit code 2."""
     try:
         main()
-    except UserError as e:
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "alloc" not in str(e):  # torch's words when memory does not suffice
+            raise
         print("error:", " ".join(str(e).split()), file=sys.stderr)  # on every process: the one bad image may be in this one's share
         sys.exit(2)

@@ -5,12 +5,14 @@ Fuzz: no mutation of a config, an override or a checkpoint's bytes gives a trace
 
 import gzip
 import importlib
+import io
 import json
 import os
 import pickle
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +118,12 @@ BAD_OVERRIDES = [
     (["data.set=fashion_mnist", "data.root=nowhere", "data.image_size=32"], ["nowhere", "download"]),
     (["data.set=fashion_mnist", "data.image_size=16"], ["data.image_size", "28"]),
     (["data.set=cifar100", "data.root=nowhere"], "nowhere"), (["data.set=cub", "data.root=nowhere"], "nowhere"),
+    # what no memory holds, or would take hours to be found out
+    ("meta.depths=[2000000000, 1, 1]", ["meta.depths", "1000"]), ("meta.width=2000000000", "meta.width"),
+    ("student.tokenizer_blocks=100000000", "student.tokenizer_blocks"), ("student.latents=[4, 1000000000, 2]", "student.latents"),
+    ("data.workers=100000", ["data.workers", "256"]), ("data.repeats=2000000000", "data.repeats"), ("data.classes=2000000000", "data.classes"),
+    ("data.image_size=20", ["data.image_size=20", "patch"]), (["data.image_size=20", "meta.patch=4", "teacher.patch=4"], ["20", "stride of 8"]),
+    ("target.image_size=4", ["target.image_size=4", "stride of 8"]), ("data.train_images=2147483647", "data.train_images"),
 ]
 
 
@@ -149,6 +157,8 @@ BAD_CONFIGS = {
     "a key twice": (CONFIG.encode() + b"seed: 1\n", "seed"), "an unknown block": (CONFIG.encode() + b"trian: {meta: {epochs: 1}}\n", "trian"),
     "a number for a block": (b"train: 3", "train"), "a list as key": (b"[1, 2]: 3", "c.yaml"),
     "a number as key": (b"1: 2", "1"), "a null key": (b"~: 2", "None"),
+    "an alias": (b"data: {robustness: &a [renditions]}\ntarget: {robustness: *a}\n", "alias"),
+    "a billion laughs": (b"a: &a [x, x]\n" + b"".join(b"%c: &%c [%s]\n" % (k, k, b"*%c, " % (k - 1) * 9) for k in range(98, 122)), "c.yaml"),
     "an enormous number": (b"seed: 1" + b"0" * 5000, "c.yaml"), "a long whole number for lr": (b"train: {meta: {lr: 1" + b"0" * 400 + b"}}", "train.meta.lr"),
     "a date": (b"seed: 2024-01-01", "seed"), "bytes": (b"output_dir: !!binary aGVsbG8=", "output_dir"), "a set": (b"meta: !!set {depths}", "meta"),
 }
@@ -221,6 +231,19 @@ def test_classes_that_differ_between_train_and_val_are_one_sentence(here, capsys
     refused(capsys, "set/val", "evaluate", *words)
 
 
+@pytest.mark.parametrize("name, line", [("images", "0"), ("images", "x 001.a/0.png"), ("image_class_labels", "0 x"), ("image_class_labels", "0"),
+                                        ("image_class_labels", "0 7"), ("image_class_labels", "0 -1"), ("train_test_split", "0 2"),
+                                        ("train_test_split", ""), ("images", "\\xff")])
+def test_a_bad_list_of_cub_is_one_sentence(here, capsys, name, line):
+    (here / "cub").mkdir()
+    lists = {"images": ["0 001.a/0.png", "1 002.b/1.png"], "image_class_labels": ["0 1", "1 2"], "train_test_split": ["0 1", "1 0"]}
+    lists[name][0] = line
+    for file, lines in lists.items():
+        (here / f"cub/{file}.txt").write_bytes("\n".join(lines).encode().replace(rb"\xff", b"\xff"))
+    refused(capsys, "cub", "finetune", "role=meta", "data.set=cub", "data.root=cub", "data.classes=2", "data.validation_images=1",
+            "data.train_images=0", "data.test_images=0")
+
+
 @pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"\0\0\x08\3short"), gzip.compress(b"x" * 2000),
                                      gzip.compress(b"\0\0\x08\3" + np.array([5, 28, 28], ">i4").tobytes() + b"1" * 99),
                                      gzip.compress(os.urandom(5000))[:-400]])
@@ -280,6 +303,13 @@ BAD_CHECKPOINTS = {
     "a position grid that is none": (changed(lambda c: c["model"].update(pos_embed=torch.ones(1, 0, 16))), "pos_embed"),
     "a position grid of another width": (changed(lambda c: c["model"].update(pos_embed=torch.ones(1, 10, 8))), "pos_embed"),
     "weights that are not finite": (changed(lambda c: c["model"]["head.bias"].fill_(torch.nan)), "head.bias"),
+    "whole numbers for weights": (changed(lambda c: c["model"].update({"norm.bias": torch.ones(16, dtype=torch.int64)})), []),
+    "complex weights": (changed(lambda c: c["model"].update({"norm.bias": torch.ones(16, dtype=torch.complex64)})), []),
+    "weights without values": (changed(lambda c: c["model"].update({"norm.bias": torch.ones(16, device="meta")})), []),
+    "weights that are their own wrapper": (changed(lambda c: c["model"].update(model=c["model"])), []),
+    "experts that differ": (changed(lambda c: c["model"].update({f"blocks.0.moe.experts.{e}.htoh4.weight": torch.ones(1, e + 2, 3)
+                                                                 for e in range(2)})), "expert"),
+    "a pipe": (lambda path, good: (path.unlink(), os.mkfifo(path)), []),
     "sparse weights": (changed(lambda c: c["model"].update({"norm.bias": torch.ones(16).to_sparse()})), []),
 }
 
@@ -311,10 +341,126 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(here, capsys):
     refused(capsys, "runs/c", "finetune", "role=meta")
 
 
-def test_results_that_are_no_json_are_one_sentence(here, capsys):
-    assert command("finetune", "--config", "c.yaml", "role=meta") == 0
-    (here / "runs/c/results.json").write_text("[{")
-    refused(capsys, "results.json", "evaluate", "role=meta")
+def test_results_and_logs_that_are_no_json_are_one_sentence(here, capsys):
+    assert command("finetune", "--config", "c.yaml", "role=meta") == command("evaluate", "--config", "c.yaml", "role=meta") == 0
+    good = {name: (here / "runs/c" / name).read_text() for name in ("results.json", "log.jsonl", "config.yaml")}
+    for name, bad in (("results.json", "[{"), ("results.json", "[3]"), ("results.json", '{"role": 1}'), ("results.json", "\x00"),
+                      ("log.jsonl", '{"stage": "me'), ("log.jsonl", "[]\n"), ("config.yaml", "a: ["), ("config.yaml", "3")):
+        (here / "runs/c" / name).write_text(bad)
+        if name == "results.json":
+            refused(capsys, "results.json", "evaluate", "role=meta")
+        assert command("evaluate", "--report", "runs/c") == 2
+        error = capsys.readouterr().err
+        assert name in error and error.count("\n") == 1, error
+        (here / "runs/c" / name).write_text(good[name])
+    assert command("evaluate", "--report", "runs/c", "nowhere") == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a stage that was cut off left
+
+
+def cut_off(here, monkeypatch, script, role):
+    """Stops a stage after its first step -> its unfinished file."""
+    rate = models.learning_rate
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "learning_rate", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), rate(*a))[1])
+        assert command(script, "--config", "c.yaml", f"role={role}") == 143
+    return here / "runs/c" / {"finetune": f"{role}.unfinished.pt", "distill_module": f"{role}_modules/unfinished.pt"}[script]
+
+
+UNFINISHED = {  # what is changed: what the sentence must name
+    "step": (lambda c: c.pop("step"), "step"), "no whole step": (lambda c: c.update(step=1.5), "step"),
+    "another step": (lambda c: c.update(step=2), "step"), "parts": (lambda c: c.pop("parts"), "parts"),
+    "sums": (lambda c: c["parts"]["meta"].pop("sums"), "sums"), "lines": (lambda c: c.pop("lines"), "lines"),
+    "odd lines": (lambda c: c.update(lines=[3]), "lines"), "a tensor in a line": (lambda c: c.update(lines=[{"a": torch.ones(1)}]), "lines"),
+    "model": (lambda c: c["parts"]["meta"].pop("model"), "model"), "optimizer": (lambda c: c["parts"]["meta"].pop("optimizer"), "optimizer"),
+    "a tensor": (lambda c: c["parts"]["meta"]["model"].pop("head.bias"), "head.bias"),
+    "a tensor too many": (lambda c: c["parts"]["meta"]["model"].update(extra=torch.ones(1)), "extra"),
+    "a tensor's shape": (lambda c: c["parts"]["meta"]["model"].update({"head.bias": torch.ones(5)}), "head.bias"),
+    "a tensor's type": (lambda c: c["parts"]["meta"]["model"].update({"head.bias": torch.ones(4).double()}), "head.bias"),
+    "a moment": (lambda c: c["parts"]["meta"]["optimizer"][3].pop("exp_avg"), "3 exp_avg"),
+    "a moment's shape": (lambda c: c["parts"]["meta"]["optimizer"][3].update(exp_avg_sq=torch.ones(7)), "3 exp_avg_sq"),
+    "a parameter's moments": (lambda c: c["parts"]["meta"]["optimizer"].pop(0), "optimizer 0"),
+    "world": (lambda c: c.pop("world"), "processes"), "settings": (lambda c: c.pop("settings"), "settings"),
+}
+
+
+@pytest.mark.parametrize("what", UNFINISHED)
+def test_an_unfinished_stage_that_lacks_a_piece_is_one_sentence(here, capsys, monkeypatch, what):
+    path = cut_off(here, monkeypatch, "finetune", "meta")
+    change, names = UNFINISHED[what]
+    changed(change)(path, path.read_bytes())
+    bad = path.read_bytes()
+    refused(capsys, ["meta.unfinished.pt", names], "finetune", "role=meta")
+    assert path.read_bytes() == bad and not (here / "runs/c/meta.pt").exists()
+
+
+def pieces(content, place=()):
+    """The places of all values within nested dicts and lists."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ():
+        yield (*place, key)
+        yield from pieces(value, (*place, key))
+
+
+def mutate_content(content, rng):
+    """Drops a piece of a checkpoint, or changes its type or its shape."""
+    *place, last = rng.choice(list(pieces(content)))
+    for key in place:
+        content = content[key]
+    value, kind = content[last], rng.choice(["drop", "type", "shape", "shape"])
+    if kind == "shape" and isinstance(value, torch.Tensor):
+        content[last] = rng.choice([value[None], value.flatten(), value.ravel()[:1], torch.cat([value.ravel()] * 2), value.double(), value.long(),
+                                    value.to_sparse(), value.ravel()[:0], value.to(torch.bfloat16), value.T if value.ndim == 2 else value[None]])
+    elif kind == "drop":
+        del content[last]
+    else:
+        content[last] = rng.choice([None, True, 3, -1, 0.5, "text", "", [], [[]], {}, {"a": 1}, {1: {}}, torch.ones(()), torch.ones(2, 3), 10**30])
+    return *place, last
+
+
+def same_shape(content, place):
+    """Weights of another precision are welcome: other people's files have them."""
+    for key in place:
+        content = content.get(key)
+    return isinstance(content, torch.Tensor) and content.is_floating_point() and content.layout == torch.strided and content.shape
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_mutation_of_a_checkpoints_content_gives_a_traceback_or_another_result(here, capsys, monkeypatch, count):
+    rng, refusals = random.Random(3), 0
+    files = {"meta": here / "runs/c/meta.pt", "teacher": here / "runs/c/teacher_modules/1.pt"}
+    for script, role in (("finetune", "meta"), ("distill_module", "teacher")):
+        path = cut_off(here, monkeypatch, script, role)
+        good = path.read_bytes()
+        assert command(script, "--config", "c.yaml", f"role={role}") == 0
+        whole, weights = files[role].read_bytes(), torch.load(files[role])["model"]
+        for k in range(count):
+            unfinished = k % 3  # the others: the finished file, which the stage itself or its followers meet
+            content = torch.load(io.BytesIO(good if unfinished else whole), weights_only=True)
+            place = mutate_content(content, rng)
+            files[role].unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            torch.save(content, path if unfinished else files[role])
+            capsys.readouterr()
+            try:
+                if unfinished:
+                    code = command(script, "--config", "c.yaml", f"role={role}")
+                else:
+                    code = command(*{"meta": ("distill_module", "--config", "c.yaml", "role=teacher", "module=0", "force=true"),
+                                     "teacher": ("assemble", "--config", "c.yaml", "role=teacher", "force=true")}[role])
+            except Exception as e:
+                raise AssertionError((k, place, unfinished)) from e
+            error = capsys.readouterr().err
+            assert code == 0 or code == 2 and error.count("\n") == 1 and ".pt" in error, (k, place, code, error)
+            if code == 0 and unfinished:
+                result = torch.load(files[role])["model"]
+                assert all(torch.equal(result[name], value) for name, value in weights.items()), (k, place)
+            elif code == 0:
+                assert place[0] == "model" and same_shape(content, place) == weights[place[1]].shape, (k, place)
+            refusals += code == 2
+        files[role].write_bytes(whole)
+    assert refusals > count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -344,7 +490,7 @@ def test_run_sh_stops_at_the_first_error(here):
 # Fuzz
 
 COUNTS = [300, pytest.param(2000, marks=pytest.mark.slow)]
-VALUES = ["", "0", "1", "-1", "2", "3", "7", "0.5", "-0.5", "1e-3", "1e308", "-1e308", "1e999", "10" * 200, ".nan", ".inf", "true", "null",
+VALUES = ["2147483647", "1000000", "1000", "", "0", "1", "-1", "2", "3", "7", "0.5", "-0.5", "1e-3", "1e308", "-1e308", "1e999", "10" * 200, ".nan", ".inf", "true", "null",
           "~", "[]", "[1]", "[1, 2]", "[1, 1, 1]", "[0.1, 0.9]", "[null]", "[[1]]", "{}", "{a: 1}", "text", "'", '"', "!!binary x", "*a",
           "&a", "&a [*a]", "2024-13-01", "12:30:45", "0x1f", "!!python/none", "\x00", "é", "- 1", "? ", "|", ">", "%", "@", "`", "#", "a: b: c",
           "!!float x", "!!int ''", "!!timestamp x", "!!set 3", "<<", "=", "glyphs", "vmoe", "auto", "bfloat16", "keep", "fold"]
