@@ -298,6 +298,7 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x):
+        x = x.contiguous()  # or the weight's gradient has other strides than the weight, at a cost when processes share it
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # B H W D
         return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
 

@@ -100,7 +100,7 @@ def test_a_folder_that_lacks_a_module_or_a_tensor_is_named(tmp_path):
 def test_a_teacher_from_elsewhere_works_and_is_warned_about_if_it_does_not_fit(tmp_path):
     plain = {**CONFIG["data"], "mixup": 0, "cutmix": 0, "classes": 8, "train_images": 320}
     quick = {**CONFIG["train"]["meta"], "epochs": 10, "lr": 0.3, "drop_path": 0}
-    path = write_config(tmp_path, data=plain, train={"meta": quick, "incubate": quick, "distill": {**quick, "epochs": 0}})
+    path = write_config(tmp_path, data=plain, train={"meta": quick, "incubate": dict(quick), "distill": {**quick, "epochs": 0}})
     run("finetune", path, "role=meta")
     run("distill_module", path, "role=teacher")
     config = models.load_config(path)
