@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from models import DRAWN, STOP, UserError
@@ -68,6 +69,13 @@ def setup(device="auto"):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
                                 world_size=world)
     return Setup(device, rank, world)
+
+
+def parallel(module, config, process):
+    """What a loop calls in place of the module: gradients are averaged over processes; compiled where the config says so."""
+    if process.world > 1:
+        module = DistributedDataParallel(module)
+    return torch.compile(module) if config["compile"] else module
 
 
 def _mps_works():

@@ -28,7 +28,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -103,7 +102,7 @@ def main():
     own = {i: rows[process.rank] for i, rows in sums.items()}
     parts = {i: (students[i], optimizers[i], sums[i]) for i in todo}
     step = models.resume(config, process, name, resumed, parts)
-    parallel = {i: DistributedDataParallel(s) if process.world > 1 else s for i, s in students.items()}
+    parallel = {i: data.parallel(student, config, process) for i, student in students.items()}
     models.say(process, f"{stage}: modules {todo} of {[models.count(students[i]) for i in todo]} parameters, "
                f"{len(train):,} images, {c['epochs']} epochs of {steps} steps of {total_batch} images, learning rate "
                f"{c['lr'] * total_batch / 512:g}" + (f", resumed at step {step}" if resumed else ""))

@@ -15,7 +15,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -67,7 +66,8 @@ def main():
 
     model = models.build(target, role)
     if role in ("teacher", "student"):
-        models.load_weights(model, models.needed(config, role, "assemble_" + role, f"{role}_assembled.pt"))
+        start = config["student"]["start"] if role == "student" else None
+        models.load_weights(model, start or models.needed(config, role, "assemble_" + role, f"{role}_assembled.pt"))
     elif role.startswith("baseline"):
         models.say(process, models.fit_graph_prior(model, config))
     models.set_drop_path(model, c["drop_path"])
@@ -83,7 +83,7 @@ def main():
     own = sums[process.rank]
     parts = {role: (model, optimizer, sums)}
     step = models.resume(config, process, name, resumed, parts)
-    parallel = DistributedDataParallel(model) if process.world > 1 else model
+    parallel = data.parallel(model, config, process)
     models.say(process, f"{role}: {models.count(model):,} parameters, {len(train):,} images, {c['epochs']} epochs of "
                f"{steps} steps of {total_batch} images, learning rate {c['lr'] * total_batch / 512:g}"
                + (f", resumed at step {step}" if resumed else ""))

@@ -996,6 +996,8 @@ KEYS = {
     "device": ("auto", one_of("auto", "cpu", "cuda", "mps")),
     "precision": ("auto", one_of("auto", "float32", "bfloat16")),  # auto: bfloat16 autocast on CUDA, float32 elsewhere
 
+    "compile": (False, FLAG),  # torch.compile of what is trained: worth its minutes on a GPU only
+
     **{f"data.{k}": v for k, v in DATA_KEYS.items()},
     # where the student is finetuned and tested, if that is another set than its modules are distilled on: what is not
     # null here stands in for the same key of data (Tiny-ImageNet students are distilled on ImageNet)
@@ -1006,6 +1008,7 @@ KEYS = {
     **{f"student.{k}": v for k, v in VIT_KEYS.items()},
     "meta.checkpoint": (None, or_null(TEXT)),  # weights from elsewhere; their stages are left out
     "teacher.checkpoint": (None, or_null(TEXT)),
+    "student.start": (None, or_null(TEXT)),  # weights to finetune in place of the assembled modules
 
     "student.kind": ("nac", one_of("nac", "vmoe")),
     # the NAC's own keys; width, heads and mlp_ratio (of its FFNs) are shared with the ViT
@@ -1395,7 +1398,7 @@ MADE_FROM["baseline"] = ["seed", "precision", "data", "target", "student", "trai
 MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
 # what does not change a result; and what matters only once the student is whole
 IDLE = tuple(f"{block}.{k}" for block in ("data", "target") for k in ("root", "workers", "test_images", "robustness"))
-WHOLE_STUDENT = ("student.graph", "student.sbm", "student.regularizer", "distill.stitches")
+WHOLE_STUDENT = ("student.start", "student.graph", "student.sbm", "student.regularizer", "distill.stitches")
 
 
 def settings(config, stage):

@@ -20,9 +20,9 @@ stage() { $launch "$1" --config "$config" "${@:2}"; }
 
 for word in "$@"; do [ "$word" != --dry-run ] || { stage finetune.py "$@"; exit; }; done
 
-# weights from elsewhere (meta.checkpoint, teacher.checkpoint): the stages that would make them are left out
-given=$(python -c 'import models; models.run(lambda: print(*(role for role in ("meta", "teacher")
-    if models.command_line("", ["all"])[0][role]["checkpoint"])))' --config "$config" "$@")
+# weights from elsewhere (meta.checkpoint, teacher.checkpoint, student.start): the stages that would make them are left out
+given=$(python -c 'import models; models.run(lambda: print(*(role for role in ("meta", "teacher", "student")
+    if (c := models.command_line("", ["all"])[0][role]).get("checkpoint") or c.get("start"))))' --config "$config" "$@")
 lacks() { [[ " $given " != *" $1 "* ]]; }
 
 if lacks meta; then
@@ -33,8 +33,10 @@ if lacks teacher; then
     stage assemble.py "$@" role=teacher
     stage finetune.py "$@" role=teacher         # 3. assemble and finetune the teacher
 fi
-stage distill_module.py "$@"                    # 4. m2mKD: the student's modules
-stage assemble.py "$@"
+if lacks student; then
+    stage distill_module.py "$@"                # 4. m2mKD: the student's modules
+    stage assemble.py "$@"
+fi
 stage finetune.py "$@"                          # 5. assemble and finetune the student
 stage finetune.py "$@" role=baseline            # the same student, end to end from scratch
 stage evaluate.py "$@" role=all

@@ -143,7 +143,7 @@ def shell(*words, **options):
     """Runs a command line as a user would -> CompletedProcess."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # for run.sh
     return subprocess.run([str(w) for w in words], cwd=ROOT, env=env, text=True,
-                          capture_output=True, timeout=120, **options)
+                          **{"capture_output": True, "timeout": 120, **options})
 
 
 def launch(script, path, *words):
