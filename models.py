@@ -1429,7 +1429,7 @@ def unfinished(config, stage, name, force=False):
         return None
     content, world = read(path), int(os.environ.get("WORLD_SIZE", 1))
     other = difference(content, config, stage)
-    if not other and content.get("world") != world:  # a step would be of another number of images
+    if not other and str(content.get("world")) != str(world):  # a step would be of another number of images
         other = f"{content.get('world')} processes instead of {world}"
     if other:
         raise UserError(f"{path} was begun with {other}; choose another output_dir, or force=true to start again.")
