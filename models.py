@@ -1472,7 +1472,7 @@ def unfinished(config, stage, name, force=False):
         return None
     content, world = read(path), int(os.environ.get("WORLD_SIZE", 1))
     other = difference(content, config, stage)
-    if not other and content.get("world") != world:  # a step would be of another number of images
+    if not other and str(content.get("world")) != str(world):  # a step would be of another number of images
         other = f"{content.get('world')} processes instead of {world}"
     if other:
         raise UserError(f"{path} was begun with {other}; choose another output_dir, or force=true to start again.")
@@ -1502,11 +1502,11 @@ def resume(config, process, name, content, parts):
         weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
         moments = {n: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for n, p in enumerate(weights)}
         check_like(part, {"model": module.state_dict(), "optimizer": moments, "sums": sums}, f"{path}: {i}")
-        load_state(module, part["model"], path)
+        if any(part["optimizer"][n]["step"].item() != content["step"] for n in moments):
+            raise UserError(f"{path}: step {content['step']} is not {i}'s optimizer's; force=true starts the stage again.")
+        load_state(module, unwrap(part, path), path)
         optimizer.load_state_dict({"state": part["optimizer"], "param_groups": groups})
         sums[process.rank].copy_(part["sums"][process.rank])
-        if any(moment["step"] != content["step"] for moment in part["optimizer"].values()):
-            raise UserError(f"{path}: {i} step {content['step']} is not the optimizer's; force=true starts the stage again.")
     add_log(config, process, content["lines"])
     return content["step"]
 

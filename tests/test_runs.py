@@ -85,7 +85,8 @@ def start(script, path, *words, before=None, env={}):
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         os.environ.update(env)
         torch.set_num_threads(1)
-        warnings.simplefilter("error")  # our code gives none
+        warnings.simplefilter("error")  # our code gives none; torch's DDP does where a dimension is of size 1
+        warnings.filterwarnings("ignore", "Grad strides do not match")
         models.remove = lambda config, name: None  # finished stages leave their last optimiser's state, to be compared
         if before:
             before()
