@@ -80,7 +80,7 @@ def build(patch, width, heads, depth, size, classes=CLASSES):
 def check(model, state, sizes, size):
     """The model's logits are those of the state dict."""
     patch, _, heads, depth = sizes
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(1 if size > 100 else 3, 3, size, size, generator=torch.Generator().manual_seed(2))
     expected = vit(state, images, patch, heads, depth)
     assert expected.std() > 0.1  # else agreement would say nothing
     error = (model(images) - expected).norm() / expected.norm()

@@ -319,7 +319,7 @@ def test_force_repeats_a_finished_stage_to_the_same_bits(done, tmp_path):
 @pytest.mark.parametrize("student", ["nac", pytest.param("vmoe", marks=pytest.mark.slow)])
 def test_a_student_is_finetuned_and_scored_on_another_set_than_its_modules_are_distilled_on(tmp_path, student):
     """In the paper Tiny-ImageNet's students are distilled on ImageNet: other images, sizes, classes."""
-    path = write_config(tmp_path, student, distill=dict(alpha=0),
+    path = write_config(tmp_path, student, distill=dict(alpha=0), train={s: dict(STAGE, epochs=1) for s in CONFIG["train"]},
                         target=dict(image_size=24, classes=3, test_images=31, robustness=[]))
     for script, role in PIPELINE:
         if role not in ("teacher", "baseline_kd"):
