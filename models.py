@@ -454,12 +454,13 @@ def log_kernel(delta, bandwidth, truncate=True, sample=0):
 
     In training K is the probability of a relaxed Bernoulli (temperature ½): log sigmoid((logit K + ℓ)/½), ℓ logistic.
     A truncated pair sends no gradient to the signatures: the original announces a straight-through gradient there, but
-    its code comes to this, and so do we.
+    its code comes to this, and so do we. Its log K is −1e30 and not −∞, so that a receiver all of whose pairs are
+    truncated hears all alike, and not NaN.
     """
     cut = delta.detach() > TRUNCATION if truncate else None
     if not sample:
         logs = -delta / bandwidth
-        return logs.masked_fill(cut, -math.inf) if truncate else logs
+        return logs.masked_fill(cut, -1e30) if truncate else logs
     kernel = torch.exp(-delta / bandwidth)
     if truncate:
         kernel = kernel.masked_fill(cut, 0.0)

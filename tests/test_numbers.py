@@ -54,13 +54,16 @@ def nac(**student):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_a_latent_with_no_sender_hears_nothing_and_all_stays_finite(training):
+def test_a_latent_with_no_sender_hears_all_alike_and_all_stays_finite(training):
     """A signature of zeros is at distance 1 from all, its own too: every pair is truncated."""
     model = models.build(nac(), "student").train(training)
     with torch.no_grad():
         model.mediator_latents.signatures[3] = 0
     delta = models.distance(model.mediator_latents.signatures, model.mediator_latents.signatures)
     assert (delta[3] > models.TRUNCATION).all()
+    if not training:
+        kernel = models.log_kernel(delta, torch.tensor(1.0))
+        assert kernel[3].softmax(-1).allclose(torch.full((16,), 1 / 16)) and (kernel[0].softmax(-1)[delta[0] > models.TRUNCATION] == 0).all()
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
