@@ -91,7 +91,7 @@ def command(words, folder):
 
 BATCH = {"meta": 2, "incubate": 1, "teacher": 1, "distill": 1, "student": 2}  # images of a step
 TWO_STEPS = [f"train.{stage}.{key}" for stage, batch in BATCH.items()
-             for key in ("epochs=1", f"batch={batch}", f"images=[0,{2 * batch}]")]
+             for key in ("epochs=1", "accumulate=1", f"batch={batch}", f"images=[0,{2 * batch}]")]
 FILES = {("finetune.py", role): [f"{role}.pt"] for role in ("meta", "teacher", "student", "baseline")}
 FILES |= {("assemble.py", role): [f"{role}_assembled.pt"] for role in ("teacher", "student")}
 RUNS = {}  # config's name -> folder of its run, for the next config to share
