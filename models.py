@@ -595,26 +595,29 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
     return linked | linked.T
 
 
-def fit_signatures(signatures, linked, steps=1000, threshold=0.8):
-    """Moves signatures (n×S, in place) until linked pairs are near and unlinked ones far.
+def fit_signatures(signatures, linked, steps=1000, margin=0.03):
+    """Moves signatures (n×S, in place) until linked pairs are within the kernel's truncation and unlinked ones beyond it.
 
-    Adam, lr 1e-3, from a semi-orthogonal matrix, on mean over pairs of max(δ, t) if linked, max(−δ, −t) if not.
-    Returns the shares of linked pairs below and of unlinked pairs above the kernel's truncation.
+    Adam, lr 1e-3, from a semi-orthogonal matrix. The original takes the mean over all pairs of max(δ, t) or max(−δ, −t),
+    t = .8: most unlinked pairs stop short of the truncation at .9, and few links count little among many pairs. So t is
+    .9 ∓ margin here, and both kinds of pairs weigh the same. Returns the shares of both that end where they should.
     """
     s = nn.init.orthogonal_(torch.empty(signatures.shape)).requires_grad_()
     linked = torch.as_tensor(linked)
-    pair = ~torch.eye(len(s), dtype=torch.bool)
+    unlinked = ~linked & ~torch.eye(len(s), dtype=torch.bool)
     optimizer = torch.optim.Adam([s], lr=1e-3)
     for _ in range(steps):
         delta = distance(s, s)
-        loss = torch.where(linked, delta.clamp(min=threshold), (-delta).clamp(min=-threshold))[pair].mean()
+        # mean over linked pairs of max(δ, .87) + mean over unlinked pairs of max(−δ, −.93)
+        loss = ((delta.clamp(min=TRUNCATION - margin) * linked).sum() / linked.sum().clamp(min=1)
+                + ((-delta).clamp(min=-TRUNCATION - margin) * unlinked).sum() / unlinked.sum().clamp(min=1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
         signatures.copy_(s)
         near = distance(s, s) <= TRUNCATION
-    shares = near[linked].float().mean(), (~near)[~linked & pair].float().mean()
+    shares = near[linked].float().mean(), (~near)[unlinked].float().mean()
     return tuple(share.nan_to_num(1).item() for share in shares)  # of no pairs: all
 
 

@@ -257,9 +257,8 @@ def test_erdos_renyi_has_its_density():
     assert abs(linked.sum() / 2 / pairs - 0.1) < 4 * math.sqrt(0.09 / pairs)
 
 
-@pytest.mark.parametrize("kind, n, separable", [("planted_partition", 20, True), ("ring_of_cliques", 64, True),
-                                                ("erdos_renyi", 24, True), ("scale_free", 24, False)])
-def test_fitted_signatures_link_the_graph_s_pairs_only(kind, n, separable):
+@pytest.mark.parametrize("kind, n", [("planted_partition", 20), ("ring_of_cliques", 64), ("erdos_renyi", 24), ("scale_free", 24)])
+def test_fitted_signatures_link_the_graph_s_pairs_only(kind, n):
     torch.manual_seed(0)
     linked = models.random_graph(kind, n, np.random.default_rng(0), groups=8 if n == 64 else 4, p_out=0.05)
     signatures = torch.empty(n, 64)
@@ -267,9 +266,7 @@ def test_fitted_signatures_link_the_graph_s_pairs_only(kind, n, separable):
     delta = models.distance(signatures, signatures)
     linked, unlinked = torch.from_numpy(linked), torch.from_numpy(~linked & ~np.eye(n, dtype=bool))
     assert near == (delta[linked] <= 0.9).float().mean() and far == (delta[unlinked] > 0.9).float().mean()
-    # the fit's own threshold is .8 on both sides, so pairs with many common neighbours may stop short of .9
-    assert (delta[linked] < 0.81).float().mean() >= 0.99 and (delta[unlinked] > 0.79).float().mean() >= 0.99
-    assert near >= 0.99 and far >= (0.99 if separable else 0.9)
+    assert near == far == 1
 
 
 def test_hinge_repulsion_by_hand():
