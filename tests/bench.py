@@ -158,12 +158,12 @@ class Products(TorchDispatchMode):
             function(*args, **kwargs)
 
 
-def nac_products(goal):
-    model, images, labels = nac("Tiny")
+def nac_products(size, goal):
+    model, images, labels = nac(size)
     ours = step(model, model, images, labels=labels)
     with Products() as products, FlopCounterMode(display=False) as counter:
         ours()
-    row(f"its products alone ({counter.get_total_flops() / 1e9:.0f} GFLOP) | NAC step, Tiny", products.again, ours, goal)
+    row(f"its products alone ({counter.get_total_flops() / 1e9:.0f} GFLOP) | NAC step, {size}", products.again, ours, goal)
 
 
 def moe(routing, goal):
@@ -287,7 +287,8 @@ ROWS = {
     "nac ImageNet bf16": lambda: nac_step("ImageNet", "6.5x", bf16=True),
     "nac Tiny": lambda: nac_step("Tiny", "1.5x"),
     "nac Tiny bf16": lambda: nac_step("Tiny", "2.2x", bf16=True),
-    "nac Tiny products": lambda: nac_products("0.8x"),
+    "nac Tiny products": lambda: nac_products("Tiny", "0.8x"),
+    "nac ImageNet products": lambda: nac_products("ImageNet", "-"),
     "moe uneven": lambda: moe("untrained", "0.91x"),
     "moe collapsed": lambda: moe("collapsed", "0.91x"),
     "one pass": lambda: one_pass("90 % of the predicted saving"),

@@ -489,7 +489,7 @@ def test_sigterm_saves_at_once_and_the_resumed_run_is_the_unbroken_one(done, tmp
 
 
 @vmoe_only
-@pytest.mark.parametrize("script, role, call", [("finetune", "student", 1), ("distill_module", "student", 2)])
+@pytest.mark.parametrize("script, role, call", [("finetune", "student", 1), ("distill_module", "student", 3)])
 def test_sigterm_during_validation_leaves_right_after_it(done, tmp_path, script, role, call):
     path, folder = beside(done, tmp_path, script, role)
     assert "to go on: python" in run(script, path, f"role={role}", before=die(data, "eval_batches", call, signal.SIGTERM), expect=143)
