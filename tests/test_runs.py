@@ -84,6 +84,7 @@ def start(script, path, *words, before=None, env={}):
             os.dup2(file.fileno(), 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         os.environ.update(env)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a command that ran in this process may have set its own
         torch.set_num_threads(1)
         warnings.simplefilter("error")  # our code gives none; torch's DDP does where a dimension is of size 1
         warnings.filterwarnings("ignore", "Grad strides do not match")
