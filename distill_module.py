@@ -121,15 +121,16 @@ def main():
                 # drop path, code jitter and the like: a module gets the same noise alone as among all others
                 models.seed_noise(config, stage, i, step, k % c["accumulate"], process.rank)
                 with models.autocast(config, device):
-                    logits = meta.rest(i + 1, parallel[i](hidden[i]))  # M_L ∘ … ∘ M_{i+2} ∘ post ∘ S_{i+1} ∘ pre
+                    logits = meta.rest(i + 1, parallel[i](hidden[i])).float()  # M_L ∘ … ∘ M_{i+2} ∘ post ∘ S_{i+1} ∘ pre
                     loss = soft_target_ce(logits, targets)
                     if teacher:
                         with torch.no_grad():
-                            teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i]))  # M_L ∘ … ∘ M_{i+2} ∘ T_{i+1}
+                            # M_L ∘ … ∘ M_{i+2} ∘ T_{i+1}
+                            teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i])).float()
                         # L = (1−α)·CE(student hybrid, y) + α·KD(student hybrid, teacher hybrid)
                         loss = (1 - alpha) * loss + alpha * kd(logits, teacher_logits, d["tau"], d["kind"],
                                                                d["reduction"])
-                    total = loss + models.regularizer(students[i], config)
+                total = loss + models.regularizer(students[i], config)
                 (total / c["accumulate"]).backward()
                 correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
                 own[i] += torch.stack([loss.detach() * len(images), correct, correct.new_tensor(len(images))])

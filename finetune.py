@@ -97,15 +97,15 @@ def main():
         for k, (images, targets) in enumerate(bar):
             models.seed_noise(config, role, step, k % c["accumulate"], process.rank)
             with models.autocast(config, device):
-                logits = parallel(images)
+                logits = parallel(images).float()
                 loss = soft_target_ce(logits, targets)
                 if teacher:
                     with torch.no_grad():
-                        teacher_logits = teacher(images)
+                        teacher_logits = teacher(images).float()
                     # L = (1−α)·CE(student, y) + α·KD(student, teacher)
                     loss = (1 - d["alpha"]) * loss + d["alpha"] * kd(logits, teacher_logits, d["tau"], d["kind"],
                                                                       d["reduction"])
-                total = loss + models.regularizer(model, config)
+            total = loss + models.regularizer(model, config)
             (total / c["accumulate"]).backward()
             correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
             own += torch.stack([loss.detach() * len(images), correct, correct.new_tensor(len(images))])

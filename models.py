@@ -442,8 +442,12 @@ class LatentAttention(nn.Module):
 
 
 def distance(a, b):
-    """δ(u, v) = 1 − cos(s_u, s_v). U S, V S -> U V."""
-    return 1 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+    """δ(u, v) = 1 − cos(s_u, s_v). U S, V S -> U V.
+
+    Always in float32 or better: in bfloat16 the kernel of near latents would round to 1, and its logit be infinite.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        return 1 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
 TRUNCATION = 0.9  # latents whose δ is larger do not talk to each other

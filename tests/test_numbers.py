@@ -161,3 +161,17 @@ def test_bfloat16_and_float32_agree_on_the_demo(tmp_path):
         subprocess.run(line, cwd=ROOT, check=True)
         top1[precision] = json.loads((tmp_path / precision / "log.jsonl").read_text().splitlines()[-1])["val_top1"]
     assert top1["float32"] > 60 and abs(top1["float32"] - top1["bfloat16"]) < 5, top1
+
+
+def test_in_bfloat16_the_kernel_stays_float32_and_every_gradient_finite():
+    """In bfloat16 1 − ε is 1: the kernel of a latent with itself would have an infinite logit."""
+    model = models.build(nac(), "student").train()
+    with torch.no_grad():
+        model.mediator_latents.signatures[1] = model.mediator_latents.signatures[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        delta = models.distance(model.mediator_latents.signatures, model.mediator_latents.signatures)
+        assert delta.dtype == torch.float32 and models.log_kernel(delta, torch.tensor(1.0), sample=3).isfinite().all()
+        loss = model(torch.randn(4, 3, 16, 16)).float().logsumexp(-1).sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert model.mediator_latents.signatures.grad.norm() > 0
