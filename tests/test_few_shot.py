@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import evaluate
@@ -78,6 +79,40 @@ def test_the_command_keeps_mean_and_interval_and_any_number_of_processes_gives_t
         assert few["episodes"] == 20 and few["images"] == 140 and 0 < few["ci95"] < 20 and few["top5"] == 100
     for a, b in zip(*results):
         assert a["set"] == b["set"] and a["top1"] == pytest.approx(b["top1"], abs=0.5)
+
+
+def write_cifar100(root):
+    """8 images of each of 5 classes, 32×32: the model sees them at its own 16×16."""
+    records = np.random.default_rng(0).integers(0, 256, (40, 3074), dtype=np.uint8)
+    records[:, 1] = np.arange(40) % 5
+    (root / "cifar-100-binary").mkdir(parents=True)
+    records.tofile(root / "cifar-100-binary/test.bin")
+
+
+def write_cub(root):
+    """8 test images of each of 4 classes, of many sizes, and one of a fifth class: too few to be asked."""
+    folder, lines = root / "CUB_200_2011", []
+    for k in range(33):
+        name = f"{k % 4 + 1 if k < 32 else 5:03d}.Bird/{k}.jpg"
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + k, 30), (5 * k, 90, 50)).save(folder / "images" / name)
+        lines.append((k + 1, name, int(name[:3])))
+    (folder / "images.txt").write_text("".join(f"{n} {name}\n" for n, name, _ in lines))
+    (folder / "image_class_labels.txt").write_text("".join(f"{n} {label}\n" for n, _, label in lines))
+    (folder / "train_test_split.txt").write_text("".join(f"{n} 0\n" for n, *_ in lines))
+
+
+@pytest.mark.parametrize("name, write, images", [("cifar100", write_cifar100, 40), ("cub", write_cub, 33)])
+def test_the_sets_of_the_paper_are_asked_at_the_model_s_size(tmp_path, name, write, images):
+    write(tmp_path / "set")
+    path = write_config(tmp_path, few_shot={**FEW, "set": name, "root": str(tmp_path / "set"), "images": 0},
+                        data={**CONFIG["data"], "robustness": []})
+    run("finetune", path, "role=meta")
+    run("evaluate", path, "role=meta")
+    few = json.loads((tmp_path / "run/results.json").read_text())[1:]
+    assert [r["set"] for r in few] == [f"few-shot {name} {shots} of 3" for shots in (1, 2)]
+    assert all(r["images"] == images and 0 <= r["top1"] <= 100 for r in few)
+    assert "few_shot" in run("evaluate", path, "role=meta", "few_shot.ways=6", expect=2)
 
 
 @pytest.mark.parametrize("word, names", [("few_shot.ways=15", "few_shot.ways"), ("few_shot.shots=[3]", "few_shot.shots"),
