@@ -446,7 +446,7 @@ def distance(a, b):
 
     Always in float32 or better: in bfloat16 the kernel of near latents would round to 1, and its logit be infinite.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # the meta device knows no autocast
         return 1 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
