@@ -66,8 +66,8 @@ def setup(device="auto"):
     if world > 1 and not dist.is_initialized():
         # after a restart torchrun's store still holds the addresses of the processes before: torch 2.13 would use them
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
-                                world_size=world)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
     return Setup(device, rank, world)
 
 
@@ -93,14 +93,10 @@ def sum_over_processes(tensor):
     return tensor
 
 
-def stop_asked(process, step, steps):
-    """Whether SIGTERM came to any process. Several processes ask at every 20th step, so that all leave at the same one."""
-    asked = bool(STOP)
-    if process.world > 1:
-        if step % 20 and step % steps:
-            return False
-        asked = sum_over_processes(torch.tensor(float(asked), device=process.device)).item() > 0
-    return asked
+def stop_asked(process):
+    """Whether SIGTERM came to any process: all ask after each step, so all leave at the same one."""
+    asked = torch.tensor(float(bool(STOP)))   # not on the device: to ask need not wait for a GPU
+    return sum_over_processes(asked).item() > 0
 
 
 def close():

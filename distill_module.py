@@ -146,7 +146,7 @@ def main():
                     loss_sum = data.sum_over_processes(own[i][0].clone())  # what one process meets stops all
                     models.check_finite(loss_sum, f"{stage}: the loss of module {i} at step {step}", config)
                 bar.set_postfix({f"top1 {i}": f"{100 * own[i][1] / own[i][2]:.1f}" for i in todo}, lr=f"{lr:.1e}")
-            if data.stop_asked(process, step, steps):
+            if data.stop_asked(process):
                 break
 
         lines = []
@@ -165,7 +165,7 @@ def main():
             data.sum_over_processes(sums[i])  # all rows for rank 0's file; zeros after a whole epoch
         models.save_unfinished(config, process, stage, name, parts, step, lines)
         models.add_log(config, process, lines)
-        models.leave(process, data.stop_asked(process, step, steps))
+        models.leave(process, data.stop_asked(process))
 
     if main_process:
         for i in todo:

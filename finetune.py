@@ -119,7 +119,7 @@ def main():
                 loss_sum = data.sum_over_processes(own[0].clone())  # what one process meets stops all
                 models.check_finite(loss_sum, f"{role}: the loss at step {step}", config)
                 bar.set_postfix(loss=f"{own[0] / own[2]:.3f}", top1=f"{100 * own[1] / own[2]:.1f}", lr=f"{lr:.1e}")
-            if data.stop_asked(process, step, steps):
+            if data.stop_asked(process):
                 break
 
         lines = []
@@ -134,7 +134,7 @@ def main():
         data.sum_over_processes(sums)  # all rows for rank 0's file; zeros after a whole epoch
         models.save_unfinished(config, process, role, name, parts, step, lines)
         models.add_log(config, process, lines)
-        models.leave(process, data.stop_asked(process, step, steps))
+        models.leave(process, data.stop_asked(process))
 
     if main_process:
         models.save_finished(config, role, f"{role}.pt", model.state_dict())
