@@ -121,7 +121,8 @@ def main():
                 # drop path, code jitter and the like: a module gets the same noise alone as among all others
                 models.seed_noise(config, stage, i, step, k % c["accumulate"], process.rank)
                 with models.autocast(config, device):
-                    logits = meta.rest(i + 1, parallel[i](hidden[i])).float()  # M_L ∘ … ∘ M_{i+2} ∘ post ∘ S_{i+1} ∘ pre
+                    # M_L ∘ … ∘ M_{i+2} ∘ post ∘ S_{i+1} ∘ pre
+                    logits = meta.rest(i + 1, parallel[i](hidden[i])).float()
                     loss = soft_target_ce(logits, targets)
                     if teacher:
                         with torch.no_grad():
@@ -157,8 +158,9 @@ def main():
                 loss_sum, correct, images = data.sum_over_processes(sums[i]).sum(0).tolist()
                 lines.append({"stage": stage, "module": i, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
                               "top1": 100 * correct / images, "val_top1": validated[i], "lr": lr,
-                              "images_per_second": (steps - first) * total_batch / trained,  # of the pass, which serves all modules …
-                              "seconds": (time.time() - began) / len(todo),  # … and a module's share of its time
+                              # of the pass, which serves all modules, and a module's share of its time
+                              "images_per_second": (steps - first) * total_batch / trained,
+                              "seconds": (time.time() - began) / len(todo),
                               **models.expert_load(students[i])})
                 sums[i].zero_()
         for i in todo:

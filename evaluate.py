@@ -100,10 +100,11 @@ def few_shot(model, role, path, config, process):
         interval = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
         name = f"few-shot {f['set']} {shots} of {f['ways']}"
         if process.rank == 0:
-            keep_result(Path(config["output_dir"]), {"role": role, "set": name, "top1": top1, "top5": top5, "images": len(images),
-                                                     "checkpoint": str(path), "ci95": interval, "episodes": len(accuracy)})
-        models.say(process, f"{role}, few-shot on {f['set']}, {f['ways']} ways, {shots} shots: top-1 {top1:.2f} ± {interval:.2f} % "
-                   f"(95 % interval of {len(accuracy)} episodes)")
+            keep_result(Path(config["output_dir"]), {
+                "role": role, "set": name, "top1": top1, "top5": top5, "images": len(images), "checkpoint": str(path),
+                "ci95": interval, "episodes": len(accuracy)})
+        models.say(process, f"{role}, few-shot on {f['set']}, {f['ways']} ways, {shots} shots: top-1 {top1:.2f} ± "
+                   f"{interval:.2f} % (95 % interval of {len(accuracy)} episodes)")
 
 
 @torch.no_grad()
