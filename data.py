@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from models import DRAWN, STOP, UserError
+from models import DRAWN, STOP, UserError, check_finite
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet's, used for every set
 FILL = tuple(round(255 * m) for m in MEAN)                 # colour of what a rotation or shear moves into the image
@@ -91,6 +91,19 @@ def sum_over_processes(tensor):
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def check_losses(parts, stage, step, config):
+    """Stops all processes if the loss of a part is not finite in any -> loss and accuracy of the epoch so far, for the bar.
+
+    parts: {i: (module, optimiser, sums)}, sums a row of loss·images, correct, images for each process.
+    """
+    shown = {}
+    for i, (_, _, sums) in parts.items():
+        total = sum_over_processes(sums.sum(0))
+        check_finite(total[0], f"{stage}: the loss{'' if i == stage else f' of module {i}'} at step {step}", config)
+        shown[str(i)] = f"{total[0] / total[2]:.3f}, {100 * total[1] / total[2]:.1f} %"
+    return shown
 
 
 def stop_asked(process):
@@ -168,7 +181,10 @@ def load(config, split, stage=None):
             order = order[first:stop]
         if not len(order):
             raise UserError(f"data.{split}_images 0 leaves no {split} images; give a number above 0")
-        return pool.take(order)
+        images = pool.take(order)
+        if split == "train" and stage is not None and config["train"][stage]["wrong_labels"]:
+            images.labels = _wrong_labels(pool, config["train"][stage]["wrong_labels"], seed)[order]
+        return images
     if split in ("test", "renditions"):
         test, count = _pool(options, "test"), options["test_images"]
         if count > len(test):
@@ -177,6 +193,14 @@ def load(config, split, stage=None):
             test = test.take(np.sort(np.random.default_rng(0).permutation(len(test))[:count]))
         return renditions(test) if split == "renditions" else test
     return _robustness(split, class_names(options))
+
+
+def _wrong_labels(pool, share, seed):
+    """The pool's labels, `share` of them moved to another class: drawn for the whole pool, so that an image's wrong label is
+    the same in every stage, and the images that are wrong at a smaller share are wrong at a larger one too."""
+    rng, classes = _rng(seed, "wrong labels"), len(pool.class_names)
+    wrong = torch.from_numpy(rng.random(len(pool)) < share)
+    return torch.where(wrong, (pool.labels + torch.from_numpy(rng.integers(1, classes, len(pool)))) % classes, pool.labels)
 
 
 def class_names(options):

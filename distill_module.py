@@ -103,9 +103,7 @@ def main():
     parts = {i: (students[i], optimizers[i], sums[i]) for i in todo}
     step = models.resume(config, process, name, resumed, parts)
     parallel = {i: data.parallel(student, config, process) for i, student in students.items()}
-    models.say(process, f"{stage}: modules {todo} of {[models.count(students[i]) for i in todo]} parameters, "
-               f"{len(train):,} images, {c['epochs']} epochs of {steps} steps of {total_batch} images, learning rate "
-               f"{c['lr'] * total_batch / 512:g}" + (f", resumed at step {step}" if resumed else ""))
+    models.announce(process, stage, parts, len(train), c, steps, total_batch, step)
 
     while step < c["epochs"] * steps:
         epoch, first, began = step // steps, step % steps, time.time()
@@ -129,8 +127,7 @@ def main():
                             # M_L ∘ … ∘ M_{i+2} ∘ T_{i+1}
                             teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i])).float()
                         # L = (1−α)·CE(student hybrid, y) + α·KD(student hybrid, teacher hybrid)
-                        loss = (1 - alpha) * loss + alpha * kd(logits, teacher_logits, d["tau"], d["kind"],
-                                                               d["reduction"])
+                        loss = (1 - alpha) * loss + alpha * kd(logits, teacher_logits, d["tau"], d["kind"], d["reduction"])
                 total = loss + models.regularizer(students[i], config)
                 (total / c["accumulate"]).backward()
                 correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
@@ -139,32 +136,23 @@ def main():
                 continue
 
             lr = models.learning_rate(step, steps, c, total_batch)
-            for i in todo:
-                models.update(students[i], optimizers[i], lr, c["clip"])
+            models.update(parts, lr, c["clip"])
             step += 1
             if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
-                for i in todo:
-                    loss_sum = data.sum_over_processes(own[i][0].clone())  # what one process meets stops all
-                    models.check_finite(loss_sum, f"{stage}: the loss of module {i} at step {step}", config)
-                bar.set_postfix({f"top1 {i}": f"{100 * own[i][1] / own[i][2]:.1f}" for i in todo}, lr=f"{lr:.1e}")
+                bar.set_postfix(data.check_losses(parts, stage, step, config), lr=f"{lr:.1e}")
             if data.stop_asked(process):
                 break
 
+        for _, _, sums in parts.values():
+            data.sum_over_processes(sums)  # all rows to every process
         lines = []
         if step % steps == 0:
-            trained = time.time() - began
-            validated = accuracy(meta, students, validation, config, process)
-            for i in todo:
-                loss_sum, correct, images = data.sum_over_processes(sums[i]).sum(0).tolist()
-                lines.append({"stage": stage, "module": i, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
-                              "top1": 100 * correct / images, "val_top1": validated[i], "lr": lr,
-                              # of the pass, which serves all modules, and a module's share of its time
-                              "images_per_second": (steps - first) * total_batch / trained,
-                              "seconds": (time.time() - began) / len(todo),
-                              **models.expert_load(students[i])})
-                sums[i].zero_()
-        for i in todo:
-            data.sum_over_processes(sums[i])  # all rows for rank 0's file; zeros after a whole epoch
+            trained, validated = time.time() - began, None
+            if (epoch + 1) % c["validate"] == 0 or epoch + 1 == c["epochs"]:
+                validated = accuracy(meta, students, validation, config, process)
+            lines = models.epoch_lines(parts, validated, stage, epoch=epoch + 1, step=step, lr=lr,
+                                       images_per_second=(steps - first) * total_batch / trained,
+                                       seconds=(time.time() - began) / len(parts))  # one pass serves all
         models.save_unfinished(config, process, stage, name, parts, step, lines)
         models.add_log(config, process, lines)
         models.leave(process, data.stop_asked(process))

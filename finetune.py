@@ -43,25 +43,26 @@ def main():
     config, words = models.command_line(__doc__, ("student", "meta", "teacher", "baseline", "baseline_kd"))
     if words.dry_run:
         return models.dry_run(config)
-    role = words.role
+    role = stage = words.role
     target = models.on_target(config, role)  # the config with the role's own data; settings are compared by the whole one
-    stage = "student" if role.startswith("baseline") else role  # whose block of `train` holds
-    c, d = dict(config["train"][stage]), config["distill"]
+    block = "student" if role.startswith("baseline") else role  # of `train`: a baseline is trained as the student is
+    c, d = dict(config["train"][block]), config["distill"]
+    # the paper's student is finetuned with labels alone; the whole teacher can go on teaching it
+    alpha = {"student": d["finetune_alpha"], "baseline_kd": d["alpha"]}.get(role, 0.0)
     if role.startswith("baseline") and config["train"]["baseline_epochs"] is not None:
         c["epochs"] = config["train"]["baseline_epochs"]
     process = data.setup(config["device"])
     device, main_process = process.device, process.rank == 0
 
     # what is finished, and what an unfinished run left
-    result = models.finished(config, role, f"{role}.pt", words.force)
-    if result:
-        return models.say(process, f"{role}: {result} is finished; skipped (force=true repeats it).")
     name = f"{role}.unfinished.pt"
-    resumed = models.unfinished(config, role, name, words.force)
+    if result := models.finished(config, stage, f"{role}.pt", words.force):
+        return models.say(process, f"{stage}: {result} is finished; skipped (force=true repeats it).")
+    resumed = models.unfinished(config, stage, name, words.force)
     models.begin(config, process, name)
 
-    train, validation = data.load(target, "train", stage), data.load(target, "validation")
-    steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], stage)
+    train, validation = data.load(target, "train", block), data.load(target, "validation")
+    steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], block)
     total_batch = c["batch"] * process.world * c["accumulate"]
 
     model = models.build(target, role)
@@ -73,7 +74,7 @@ def main():
     models.set_drop_path(model, c["drop_path"])
     model.to(device)
     teacher = None
-    if role == "baseline_kd":
+    if alpha:
         teacher = models.build(target, "teacher").to(device).requires_grad_(False).eval()
         models.load_weights(teacher, models.needed(config, "teacher"))
     optimizer = models.optimizer(model, c)
@@ -84,18 +85,16 @@ def main():
     parts = {role: (model, optimizer, sums)}
     step = models.resume(config, process, name, resumed, parts)
     parallel = data.parallel(model, config, process)
-    models.say(process, f"{role}: {models.count(model):,} parameters, {len(train):,} images, {c['epochs']} epochs of "
-               f"{steps} steps of {total_batch} images, learning rate {c['lr'] * total_batch / 512:g}"
-               + (f", resumed at step {step}" if resumed else ""))
+    models.announce(process, stage, parts, len(train), c, steps, total_batch, step)
 
     while step < c["epochs"] * steps:
         epoch, first, began = step // steps, step % steps, time.time()
         model.train()
-        batches = data.train_batches(train, target, stage, epoch, process, start_step=first)
-        bar = tqdm(batches, f"{role} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
+        batches = data.train_batches(train, target, block, epoch, process, start_step=first)
+        bar = tqdm(batches, f"{stage} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
                    disable=models.quiet(process), leave=False)
         for k, (images, targets) in enumerate(bar):
-            models.seed_noise(config, role, step, k % c["accumulate"], process.rank)
+            models.seed_noise(config, stage, step, k % c["accumulate"], process.rank)
             with models.autocast(config, device):
                 logits = parallel(images).float()
                 loss = soft_target_ce(logits, targets)
@@ -103,8 +102,7 @@ def main():
                     with torch.no_grad():
                         teacher_logits = teacher(images).float()
                     # L = (1−α)·CE(student, y) + α·KD(student, teacher)
-                    loss = (1 - d["alpha"]) * loss + d["alpha"] * kd(logits, teacher_logits, d["tau"], d["kind"],
-                                                                      d["reduction"])
+                    loss = (1 - alpha) * loss + alpha * kd(logits, teacher_logits, d["tau"], d["kind"], d["reduction"])
             total = loss + models.regularizer(model, config)
             (total / c["accumulate"]).backward()
             correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
@@ -113,31 +111,29 @@ def main():
                 continue
 
             lr = models.learning_rate(step, steps, c, total_batch)
-            models.update(model, optimizer, lr, c["clip"])
+            models.update(parts, lr, c["clip"])
             step += 1
             if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
-                loss_sum = data.sum_over_processes(own[0].clone())  # what one process meets stops all
-                models.check_finite(loss_sum, f"{role}: the loss at step {step}", config)
-                bar.set_postfix(loss=f"{own[0] / own[2]:.3f}", top1=f"{100 * own[1] / own[2]:.1f}", lr=f"{lr:.1e}")
+                bar.set_postfix(data.check_losses(parts, stage, step, config), lr=f"{lr:.1e}")
             if data.stop_asked(process):
                 break
 
+        for _, _, sums in parts.values():
+            data.sum_over_processes(sums)  # all rows to every process
         lines = []
         if step % steps == 0:
-            loss_sum, correct, images = data.sum_over_processes(sums).sum(0).tolist()
-            trained = time.time() - began
-            lines = [{"stage": role, "epoch": epoch + 1, "step": step, "loss": loss_sum / images,
-                      "top1": 100 * correct / images, "val_top1": accuracy(model, validation, target, process),
-                      "lr": lr, "images_per_second": (steps - first) * total_batch / trained, "seconds": time.time() - began,
-                      **models.expert_load(model)}]
-            sums.zero_()
-        data.sum_over_processes(sums)  # all rows for rank 0's file; zeros after a whole epoch
-        models.save_unfinished(config, process, role, name, parts, step, lines)
+            trained, validated = time.time() - began, None
+            if (epoch + 1) % c["validate"] == 0 or epoch + 1 == c["epochs"]:
+                validated = {role: accuracy(model, validation, target, process)}
+            lines = models.epoch_lines(parts, validated, stage, epoch=epoch + 1, step=step, lr=lr,
+                                       images_per_second=(steps - first) * total_batch / trained,
+                                       seconds=(time.time() - began) / len(parts))
+        models.save_unfinished(config, process, stage, name, parts, step, lines)
         models.add_log(config, process, lines)
         models.leave(process, data.stop_asked(process))
 
     if main_process:
-        models.save_finished(config, role, f"{role}.pt", model.state_dict())
+        models.save_finished(config, stage, f"{role}.pt", model.state_dict())
         models.remove(config, name)
     del parallel  # before the process group that it uses, or leaving can hang
     data.close()

@@ -995,6 +995,8 @@ STAGE_KEYS = {
     "drop_path": (0.0, number(0, 0.99)),
     "clip": (0.0, number()),  # gradient norm; 0: none
     "images": (None, or_null(numbers(whole(), 2))),  # [first, stop) of the shuffled training images; null: all
+    "wrong_labels": (0.0, number(0, 1)),  # this share of the images gets a random wrong label, the same one in every stage
+    "validate": (1, whole(1)),  # epochs from one validation to the next; the last epoch always ends in one
 }
 
 KEYS = {
@@ -1048,6 +1050,7 @@ KEYS = {
     "distill.reduction": ("batchmean", one_of("batchmean", "mean")),  # of the soft loss; mean: the original's
     "distill.codes": ("own", one_of("own", "original", "fresh")),  # of a NAC's modules, see NACModule
     "distill.stitches": ("drop", one_of("drop", "keep", "fold")),  # what becomes of them in the assembled student
+    "distill.finetune_alpha": (0.0, number(0, 1)),  # α of the student's finetuning, whose teacher is the whole T; the paper: 0
 
     **{f"train.{stage}.{k}": v for stage in ("meta", "incubate", "teacher", "distill", "student")
        for k, v in STAGE_KEYS.items()},
@@ -1406,7 +1409,8 @@ MADE_FROM["baseline"] = ["seed", "precision", "data", "target", "student", "trai
 MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
 # what does not change a result; and what matters only once the student is whole
 IDLE = tuple(f"{block}.{k}" for block in ("data", "target") for k in ("root", "workers", "test_images", "robustness"))
-WHOLE_STUDENT = ("student.start", "student.graph", "student.sbm", "student.regularizer", "distill.stitches")
+WHOLE_STUDENT = ("student.start", "student.graph", "student.sbm", "student.regularizer", "distill.stitches",
+                 "distill.finetune_alpha")
 
 
 def settings(config, stage):
@@ -1607,14 +1611,37 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=use)
 
 
-def update(module, optimizer, lr, clip):
-    """One optimiser step at learning rate `lr`, with the gradient's norm clipped (0: not)."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    if clip:
-        nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
-    optimizer.step()
-    optimizer.zero_grad()
+def update(parts, lr, clip):
+    """One optimiser step of each part (module, optimiser, sums) at learning rate `lr`, its gradient's norm clipped (0: not)."""
+    for module, optimizer, _ in parts.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if clip:
+            nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def announce(process, stage, parts, images, c, steps, total_batch, step):
+    """Prints what a stage is about to do."""
+    sizes = [count(module) for module, *_ in parts.values()]
+    what = f"{sizes[0]:,}" if stage in parts else f"modules {[*parts]} of {sizes}"
+    say(process, f"{stage}: {what} parameters, {images:,} images, {c['epochs']} epochs of {steps} steps of {total_batch} images, "
+        f"learning rate {c['lr'] * total_batch / 512:g}"
+        + (f", resumed at step {step}" if step else ""))
+
+
+def epoch_lines(parts, validated, stage, **common):
+    """The log's lines of an epoch, one a part: loss and training accuracy over all its images, and what `common` holds.
+    The sums (rows of loss·images, correct, images, one a process) start again from zero."""
+    lines = []
+    for i, (module, _, sums) in parts.items():
+        loss, correct, images = sums.sum(0).tolist()
+        lines.append({"stage": stage, **({"module": i} if i != stage else {}), **common, "loss": loss / images,
+                      "top1": 100 * correct / images, **({"val_top1": validated[i]} if validated else {}),
+                      **expert_load(module)})
+        sums.zero_()
+    return lines
 
 
 def seed_noise(config, *place):

@@ -269,7 +269,7 @@ def evaluation(goal):
     def train():
         model.train()
         forward_backward()
-        models.update(model, optimizer, 1e-4, 0)
+        models.update({0: (model, optimizer, None)}, 1e-4, 0)
 
     @torch.no_grad()
     def evaluate():
