@@ -46,8 +46,10 @@ def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmea
     """
     if kind == "hard":
         return F.cross_entropy(student_logits, teacher_logits.argmax(-1))
+    # both through log-softmax: a probability that rounds to 0 would have an infinite logarithm
     log_p, log_t = F.log_softmax(student_logits / tau, dim=-1), F.log_softmax(teacher_logits / tau, dim=-1)
-    # KL(p_teacher ‖ p_student) · τ², summed over batch and classes
+    # KL(p_teacher ‖ p_student) · τ², summed over batch and classes. A softer target has gradients smaller by 1/τ²;
+    # the factor keeps α's meaning when τ changes (Hinton et al., 1503.02531).
     loss = F.kl_div(log_p, log_t, reduction="sum", log_target=True) * tau**2
     return loss / (log_p.numel() if reduction == "mean" else len(log_p))
 
@@ -57,13 +59,15 @@ def main():
     if words.dry_run:
         return models.dry_run(config)
     role = words.role
-    stage = "incubate" if role == "teacher" else "distill"  # whose block of `train` holds
+    # Stage 2 trains the teacher's modules with labels alone, stage 4 the student's with labels and teacher.
+    stage = "incubate" if role == "teacher" else "distill"
     c, d = dict(config["train"][stage]), config["distill"]
     alpha = 0.0 if role == "teacher" else d["alpha"]
     process = data.setup(config["device"])
     device, main_process = process.device, process.rank == 0
 
-    # what is finished, and what an unfinished run left
+    # What is finished, and what an unfinished run left. One pass over all modules has one checkpoint; a job of its own
+    # for one module has its own, so that such jobs can run side by side.
     wanted = range(models.modules_of(config)) if words.module is None else [words.module]
     name = f"{role}_modules/unfinished.pt" if words.module is None else f"{role}_modules/{words.module}.unfinished.pt"
     todo = [i for i in wanted if not models.finished(config, stage, f"{role}_modules/{i}.pt", words.force)]
@@ -79,25 +83,30 @@ def main():
     steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], stage)
     total_batch = c["batch"] * process.world * c["accumulate"]
 
+    # The frame that never changes. Evaluation mode: no noise but the module's own.
     meta = models.build(config, "meta").to(device).requires_grad_(False).eval()
     models.load_weights(meta, models.needed(config, "meta"))
     teacher = None
     if alpha:
         teacher = models.build(config, "teacher").to(device).requires_grad_(False).eval()
         models.load_weights(teacher, models.needed(config, "teacher"))
+        # How much is there to learn? A teacher hybrid that is no better than M alone has nothing to add to the labels.
         hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process)
         alone = accuracy(meta, {0: meta.parts[0]}, validation, config, process)[0]
         models.say(process, f"distill: validation top-1 of the teacher hybrids {hybrids}, of the meta model {alone}")
         if min(hybrids.values()) < alone / 2:
             models.say(process, "warning: these teacher modules do not work inside this meta model; a teacher that was not "
                        "incubated in it has little to teach here")
+    # The modules share the parameters of a whole model, so all start as they would in it. Each has an optimiser of its
+    # own: no pair touches another, and to train all in one pass is to train each alone.
     whole = models.build(config, role)
     models.set_drop_path(whole, c["drop_path"])
     modules = models.cut(whole.to(device), config, role)
     students = {i: modules[i].to(device) for i in todo}
     optimizers = {i: models.optimizer(student, c) for i, student in students.items()}
 
-    # loss·images, correct, images of the epoch so far: a row a process, of which `own` is this one's
+    # Loss·images, correct, images of the epoch so far: a row a process, of which `own` is this one's. They stay on the
+    # device, and are part of the checkpoint: after a kill the epoch's line in the log is still about the whole epoch.
     sums = {i: torch.zeros(process.world, 3, device=device) for i in todo}
     own = {i: rows[process.rank] for i, rows in sums.items()}
     parts = {i: (students[i], optimizers[i], sums[i]) for i in todo}
@@ -113,18 +122,20 @@ def main():
         bar = tqdm(batches, f"{stage} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
                    disable=models.quiet(process), leave=False)
         for k, (images, targets) in enumerate(bar):
+            # h_0 = images, h_i = M_i ∘ … ∘ M_1(images): one run of M serves all pairs.
             with models.autocast(config, device), torch.no_grad():
-                hidden = meta.hidden_states(images)  # h_0 = images, h_1 … h_{L-1}: one run of M serves all pairs
+                hidden = meta.hidden_states(images)
             for i in todo:
-                # drop path, code jitter and the like: a module gets the same noise alone as among all others
+                # Drop path, code jitter and the like: a module gets the same noise alone as among all others.
                 models.seed_noise(config, stage, i, step, k % c["accumulate"], process.rank)
                 with models.autocast(config, device):
-                    # M_L ∘ … ∘ M_{i+2} ∘ post ∘ S_{i+1} ∘ pre
+                    # Student hybrid: M_L ∘ … ∘ M_{i+2} ∘ post ∘ S_{i+1} ∘ pre (h_i). The rest of M is frozen but not
+                    # under no_grad: the gradient must pass through it to reach S.
                     logits = meta.rest(i + 1, parallel[i](hidden[i])).float()
                     loss = soft_target_ce(logits, targets)
                     if teacher:
                         with torch.no_grad():
-                            # M_L ∘ … ∘ M_{i+2} ∘ T_{i+1}
+                            # Teacher hybrid, from the same state: M_L ∘ … ∘ M_{i+2} ∘ T_{i+1} (h_i)
                             teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i])).float()
                         # L = (1−α)·CE(student hybrid, y) + α·KD(student hybrid, teacher hybrid)
                         loss = (1 - alpha) * loss + alpha * kd(logits, teacher_logits, d["tau"], d["kind"], d["reduction"])
@@ -135,16 +146,19 @@ def main():
             if (k + 1) % c["accumulate"]:
                 continue
 
+            # The rate is a function of the step alone, so a resumed run has no schedule to restore.
             lr = models.learning_rate(step, steps, c, total_batch)
             models.update(parts, lr, c["clip"])
             step += 1
-            if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
+            # Not at every step: to read a number is to wait for the GPU.
+            if step % 20 == 0 or step % steps == 0:
                 bar.set_postfix(data.check_losses(parts, stage, step, config), lr=f"{lr:.1e}")
             if data.stop_asked(process):
                 break
 
+        # The epoch is over, or SIGTERM cut it short: every process gets all rows, the first one saves them.
         for _, _, sums in parts.values():
-            data.sum_over_processes(sums)  # all rows to every process
+            data.sum_over_processes(sums)
         lines = []
         if step % steps == 0:
             trained, validated = time.time() - began, None
@@ -152,7 +166,8 @@ def main():
                 validated = accuracy(meta, students, validation, config, process)
             lines = models.epoch_lines(parts, validated, stage, epoch=epoch + 1, step=step, lr=lr,
                                        images_per_second=(steps - first) * total_batch / trained,
-                                       seconds=(time.time() - began) / len(parts))  # one pass serves all
+                                       seconds=(time.time() - began) / len(parts))
+        # The checkpoint before the log: it holds the lines too, and what the log lacks after a kill it gets on resume.
         models.save_unfinished(config, process, stage, name, parts, step, lines)
         models.add_log(config, process, lines)
         models.leave(process, data.stop_asked(process))
@@ -161,7 +176,8 @@ def main():
         for i in todo:
             models.save_finished(config, stage, f"{role}_modules/{i}.pt", students[i].state_dict())
         models.remove(config, name)
-    del parallel  # before the process group that it uses, or leaving can hang
+    # DDP goes before the process group that it uses, or leaving can hang.
+    del parallel
     data.close()
 
 

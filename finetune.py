@@ -33,8 +33,10 @@ def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmea
     """
     if kind == "hard":
         return F.cross_entropy(student_logits, teacher_logits.argmax(-1))
+    # both through log-softmax: a probability that rounds to 0 would have an infinite logarithm
     log_p, log_t = F.log_softmax(student_logits / tau, dim=-1), F.log_softmax(teacher_logits / tau, dim=-1)
-    # KL(p_teacher ‖ p_student) · τ², summed over batch and classes
+    # KL(p_teacher ‖ p_student) · τ², summed over batch and classes. A softer target has gradients smaller by 1/τ²;
+    # the factor keeps α's meaning when τ changes (Hinton et al., 1503.02531).
     loss = F.kl_div(log_p, log_t, reduction="sum", log_target=True) * tau**2
     return loss / (log_p.numel() if reduction == "mean" else len(log_p))
 
@@ -44,17 +46,19 @@ def main():
     if words.dry_run:
         return models.dry_run(config)
     role = stage = words.role
-    target = models.on_target(config, role)  # the config with the role's own data; settings are compared by the whole one
-    block = "student" if role.startswith("baseline") else role  # of `train`: a baseline is trained as the student is
+    # The config with the role's own data: a student may have other images than its modules had. (A file's settings are
+    # compared by the config as a whole.) A baseline is trained as the student is, so it has the student's block of `train`.
+    target = models.on_target(config, role)
+    block = "student" if role.startswith("baseline") else role
     c, d = dict(config["train"][block]), config["distill"]
-    # the paper's student is finetuned with labels alone; the whole teacher can go on teaching it
+    # The paper finetunes the student with labels alone; here the whole teacher can go on teaching it.
     alpha = {"student": d["finetune_alpha"], "baseline_kd": d["alpha"]}.get(role, 0.0)
     if role.startswith("baseline") and config["train"]["baseline_epochs"] is not None:
         c["epochs"] = config["train"]["baseline_epochs"]
     process = data.setup(config["device"])
     device, main_process = process.device, process.rank == 0
 
-    # what is finished, and what an unfinished run left
+    # What is finished, and what an unfinished run left.
     name = f"{role}.unfinished.pt"
     if result := models.finished(config, stage, f"{role}.pt", words.force):
         return models.say(process, f"{stage}: {result} is finished; skipped (force=true repeats it).")
@@ -65,6 +69,8 @@ def main():
     steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], block)
     total_batch = c["batch"] * process.world * c["accumulate"]
 
+    # Teacher and student start from their assembled modules, meta model and baselines from scratch; there a NAC's graph
+    # prior is fitted now, which for a student assemble.py has done.
     model = models.build(target, role)
     if role in ("teacher", "student"):
         start = config["student"]["start"] if role == "student" else None
@@ -79,7 +85,8 @@ def main():
         models.load_weights(teacher, models.needed(config, "teacher"))
     optimizer = models.optimizer(model, c)
 
-    # loss·images, correct, images of the epoch so far: a row a process, of which `own` is this one's
+    # Loss·images, correct, images of the epoch so far: a row a process, of which `own` is this one's. They stay on the
+    # device, and are part of the checkpoint: after a kill the epoch's line in the log is still about the whole epoch.
     sums = torch.zeros(process.world, 3, device=device)
     own = sums[process.rank]
     parts = {role: (model, optimizer, sums)}
@@ -94,6 +101,7 @@ def main():
         bar = tqdm(batches, f"{stage} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
                    disable=models.quiet(process), leave=False)
         for k, (images, targets) in enumerate(bar):
+            # Drop path, code jitter and the like are a function of the step: no random state to save.
             models.seed_noise(config, stage, step, k % c["accumulate"], process.rank)
             with models.autocast(config, device):
                 logits = parallel(images).float()
@@ -110,16 +118,19 @@ def main():
             if (k + 1) % c["accumulate"]:
                 continue
 
+            # The rate is a function of the step alone, so a resumed run has no schedule to restore.
             lr = models.learning_rate(step, steps, c, total_batch)
             models.update(parts, lr, c["clip"])
             step += 1
-            if step % 20 == 0 or step % steps == 0:  # not at every step: reading a number waits for the GPU
+            # Not at every step: to read a number is to wait for the GPU.
+            if step % 20 == 0 or step % steps == 0:
                 bar.set_postfix(data.check_losses(parts, stage, step, config), lr=f"{lr:.1e}")
             if data.stop_asked(process):
                 break
 
+        # The epoch is over, or SIGTERM cut it short: every process gets all rows, the first one saves them.
         for _, _, sums in parts.values():
-            data.sum_over_processes(sums)  # all rows to every process
+            data.sum_over_processes(sums)
         lines = []
         if step % steps == 0:
             trained, validated = time.time() - began, None
@@ -128,6 +139,7 @@ def main():
             lines = models.epoch_lines(parts, validated, stage, epoch=epoch + 1, step=step, lr=lr,
                                        images_per_second=(steps - first) * total_batch / trained,
                                        seconds=(time.time() - began) / len(parts))
+        # The checkpoint before the log: it holds the lines too, and what the log lacks after a kill it gets on resume.
         models.save_unfinished(config, process, stage, name, parts, step, lines)
         models.add_log(config, process, lines)
         models.leave(process, data.stop_asked(process))
@@ -135,7 +147,8 @@ def main():
     if main_process:
         models.save_finished(config, stage, f"{role}.pt", model.state_dict())
         models.remove(config, name)
-    del parallel  # before the process group that it uses, or leaving can hang
+    # DDP goes before the process group that it uses, or leaving can hang.
+    del parallel
     data.close()
 
 
