@@ -22,7 +22,8 @@ def make_config(**options):
                     test_images=48, robustness=[], pad=0, resized_crop=None, flip=0.0, randaugment=0.0, erasing=0.0,
                     mixup=0.0, cutmix=0.0, smoothing=0.0, repeats=1, workers=0)
     return {"seed": 3, "data": {**defaults, **options},
-            "train": {"meta": {"batch": 8, "accumulate": 2, "images": None}}}
+            "train": {stage: {"batch": 8, "accumulate": 2, "images": None, "wrong_labels": 0.0}
+                      for stage in ("meta", "student")}}
 
 
 def random_set(count, size=8, classes=4, seed=0):
@@ -74,6 +75,34 @@ def test_a_stage_sees_its_range_of_the_shuffled_training_set():
     config["train"]["meta"]["images"] = [50, 101]
     with pytest.raises(UserError, match=r"train\.meta\.images \[50, 101\]"):
         data.load(config, "train", "meta")
+
+
+def test_wrong_labels_are_the_asked_share_nested_and_never_right(tmp_path):
+    write_fashion(tmp_path, count=1000)
+    config = make_config(set="fashion_mnist", root=str(tmp_path), classes=10, train_images=0)
+    right, wrong = data.load(config, "train").labels, {}
+    for share in (0.0, 0.2, 0.6, 1.0):
+        config["train"]["meta"]["wrong_labels"] = share
+        wrong[share] = data.load(config, "train", "meta").labels
+        assert abs((wrong[share] != right).float().mean() - share) < 0.05
+    for small, large in ((0.2, 0.6), (0.6, 1.0)):   # what is wrong stays as wrong when more becomes wrong
+        assert torch.equal(wrong[large][wrong[small] != right], wrong[small][wrong[small] != right])
+    counts = torch.bincount((wrong[1.0] - right) % 10, minlength=10)
+    assert counts[0] == 0 and counts[1:].min() > 70   # any other class: some 976 / 9 images each
+
+
+@pytest.mark.parametrize("name", ["glyphs", "fashion_mnist"])
+def test_wrong_labels_are_alike_in_every_stage_and_leave_other_splits_alone(tmp_path, name):
+    write_fashion(tmp_path, count=100)
+    config = make_config(set=name, root=str(tmp_path), classes=10, train_images=70, validation_images=20)
+    splits = ("train", "validation", "test", "renditions")
+    right = [data.load(config, split).labels for split in splits]
+    config["train"]["meta"].update(images=[0, 50], wrong_labels=0.5)
+    config["train"]["student"].update(images=[30, 70], wrong_labels=0.5)
+    early, late = (data.load(config, "train", stage) for stage in ("meta", "student"))
+    assert torch.equal(early.images[30:], late.images[:20]) and torch.equal(early.labels[30:], late.labels[:20])
+    assert 0 < (early.labels[30:] != right[0][30:50]).sum() < 20   # some of them wrong
+    assert all(torch.equal(data.load(config, split).labels, labels) for split, labels in zip(splits, right))
 
 
 def test_renditions_of_drawn_and_of_read_images_keep_labels_and_differ(tmp_path):
@@ -607,11 +636,34 @@ def test_one_process_needs_no_group(monkeypatch):
     data.close()
 
 
+def test_losses_are_shown_as_means_of_the_epoch_and_one_that_is_not_finite_stops():
+    # rows: loss · images, correct, images of each process; over both (6 + 3) / 12 and 9 / 12
+    sums = torch.tensor([[6.0, 4, 8], [3.0, 5, 4]])
+    parts = {0: (None, None, sums), 2: (None, None, sums * torch.tensor([2, 1, 1]))}
+    config = {"output_dir": "runs/x"}
+    assert data.check_losses(parts, "distill", 40, config) == {"0": "0.750, 75.0 %", "2": "1.500, 75.0 %"}
+    assert sums.tolist() == [[6, 4, 8], [3, 5, 4]]   # the epoch goes on
+    for bad in (math.nan, math.inf):
+        parts[2][2][1, 0] = bad
+        with pytest.raises(UserError, match="distill: the loss of module 2 at step 40 .*runs/x"):
+            data.check_losses(parts, "distill", 40, config)
+    with pytest.raises(UserError, match="meta: the loss at step 7 "):
+        data.check_losses({"meta": parts[2]}, "meta", 7, config)
+
+
 def _sum_in_a_process(rank, port):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     process = data.setup("cpu")
     assert process == data.Setup(CPU, rank, 2)
     assert data.sum_over_processes(torch.tensor([1.0, rank])).tolist() == [2.0, 1.0]
+    own = torch.zeros(2, 3)
+    own[rank] = torch.tensor([1.0 + rank, 1, 2])
+    parts = {"meta": (None, None, own)}
+    assert data.check_losses(parts, "meta", 20, {"output_dir": ""}) == {"meta": "0.750, 50.0 %"}
+    if rank:
+        own[1, 0] = math.nan
+    with pytest.raises(UserError):   # in both processes, or one would wait for the other
+        data.check_losses(parts, "meta", 40, {"output_dir": ""})
     data.close()
 
 
