@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class UserError(ValueError):
@@ -1694,68 +1695,108 @@ def images_of(d):
     return d["train_images"] or max(0, TRAIN_IMAGES.get(d["set"], 0) - held_out)
 
 
+def plan(config, stage):
+    """A stage's block of `train`, with the epochs of the stage, and the number of images it trains on (0: not known)."""
+    c = dict(config["train"]["student" if stage.startswith("baseline") else stage])
+    if stage.startswith("baseline") and config["train"]["baseline_epochs"] is not None:
+        c["epochs"] = config["train"]["baseline_epochs"]
+    images = images_of(on_target(config, stage)["data"])
+    if c["images"]:
+        images = min(images or c["images"][1], c["images"][1]) - c["images"][0]
+    return c, images
+
+
 def dry_run(config):
     """Builds every model of the config without weights, and prints the table of stages: what trains, how long, how fast,
-    and what it takes: GiB per process in float32."""
+    and what it takes: GiB per process in float32, and multiply-adds in all."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if os.environ.get("RANK", "0") != "0":
         return
     print(f"{'stage':8}{'parameters':>12}{'images':>11}{'epochs':>7}{'steps':>9}{'batch':>7}{'seen':>9}  {'learning rate':18}"
-          f"{'state':>6}{'activations':>12}")
+          f"{'state':>6}{'activations':>12}{'TMAC':>11}")
     for stage in ("meta", "incubate", "teacher", "distill", "student", "baseline"):
-        c = dict(config["train"]["student" if stage == "baseline" else stage])
-        if stage == "baseline" and config["train"]["baseline_epochs"] is not None:
-            c["epochs"] = config["train"]["baseline_epochs"]
-        images = images_of(on_target(config, stage)["data"])
-        if c["images"]:
-            images = min(images or c["images"][1], c["images"][1]) - c["images"][0]
+        c, images = plan(config, stage)
         batch = c["batch"] * world * c["accumulate"]
         steps = images // batch * c["epochs"] if images else "?"
         seen = f"{steps * batch / 1e6:.2f} M" if images else "?"
         low = c["min_lr"] * (batch / 512 if c["scale_min_lr"] else 1)
-        parameters, state, activations = memory(config, stage, c["batch"])
+        parameters, state, activations, work = cost(config, stage)
         print(f"{stage:8}{parameters:12,}{images or '?':>11,}{c['epochs']:7}{steps:>9}{batch:7}{seen:>9}  "
-              f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations / 2**30:12.2f}")
+              f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations / 2**30:12.2f}"
+              f"{f'{work / 1e12:,.3g}' if images else '?':>11}")
     print("batch: of all processes and one step; seen: images in all, augmented copies too; GiB of a process in float32, state: "
-          "weights, gradients, AdamW's moments; activations: what the backward pass needs (bfloat16 with fused attention: half)")
+          "weights, gradients, AdamW's moments; activations: what the backward pass needs (bfloat16 with fused attention: half); "
+          "TMAC: 10^12 multiply-adds of the stage, forward and backward")
 
 
-def memory(config, stage, batch):
-    """Of a stage: trainable parameters, bytes of weights, gradients and moments, bytes that autograd keeps of a batch."""
-    role = {"incubate": "teacher", "distill": "student"}.get(stage, stage)
-    alone = stage == role or stage == "baseline"  # a whole model, not modules in the meta model
+def multiply_adds(config, stage):
+    """Multiply-adds of a whole stage: forward and backward of all images that it sees; 0 if their number is not known.
+
+    stage: meta, incubate, teacher, distill, student, baseline or baseline_kd. See cost().
+    """
+    return cost(config, stage)[3]
+
+
+def cost(config, stage):
+    """What a stage takes, in one process: trainable parameters; bytes of weights, gradients and AdamW's moments; bytes that
+    autograd keeps of a batch; multiply-adds of all steps (0: the number of images is not known).
+
+    All is built and run on the meta device, without weights. There a mixture cannot route tokens: a dense MLP that does the
+    same work stands in for it. Multiply-adds are those of matrix products and convolutions, as the loops run them; what is
+    small beside them is left out (routers, the graph regulariser, validation).
+    """
+    d, role = config["distill"], {"incubate": "teacher", "distill": "student"}.get(stage, stage)
+    alone = stage == role  # a whole model, not modules in the meta model
+    taught = {"distill": d["alpha"], "baseline_kd": d["alpha"], "student": d["finetune_alpha"]}.get(stage, 0) > 0
     c = on_target(config, role) if alone else config
-    # without weights a mixture cannot route tokens: a dense MLP that does the same work stands in for it
     dense = {**c, **{r: {**c[r], "experts": 0, "mlp_ratio": c[r]["mlp_ratio"] * c[r]["top_k"]}
                      for r in ("meta", "teacher", "student") if c[r]["experts"]}}
-
-    def kept(forward, x, *modules):
-        storages, weights = {}, {p.untyped_storage()._cdata for module in modules for p in module.parameters()}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            forward(x).sum()
-        return sum(size for storage, size in storages.items() if storage not in weights)
-
     with torch.device("meta"):
-        whole, stand_in = build(c, role), build(dense, role)
-        meta = build(dense, "meta").requires_grad_(False)
-        modules = [whole] if alone else cut(whole, config, role)
-        stand_ins = [stand_in] if alone else cut(stand_in, dense, role)
-        one, two = [], []  # bytes for one image and for two, of each module's hybrid: some do not grow with the batch
-        for images, most in ((1, one), (2, two)):
-            hidden = meta.hidden_states(torch.zeros(images, 3, c["data"]["image_size"], c["data"]["image_size"]))
-            for i, module in enumerate(stand_ins):
-                hybrid = module if alone else lambda x: meta.rest(i + 1, module(x))
-                most.append(kept(hybrid, hidden[i], meta, module))
+        modules = [build(c, role)] if alone else cut(build(c, role), c, role)
+        stand_ins = [build(dense, role)] if alone else cut(build(dense, role), dense, role)
+        meta, teacher = (build(dense, r).requires_grad_(False) for r in ("meta", "teacher"))
+        weights = {p.untyped_storage()._cdata for m in (*stand_ins, meta, teacher) for p in m.parameters()}
+
+        def measure(images):
+            """One step on so many images -> multiply-adds of all, and bytes that each module's hybrid keeps for its backward."""
+            size, kept = c["data"]["image_size"], []
+
+            def keep(tensor):
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward}) as f:
+                # what runs forward only: M once for all modules, and what teaches
+                with torch.no_grad():
+                    x = torch.zeros(images, 3, size, size)
+                    hidden = [x] if alone else meta.hidden_states(x)
+                    for i, h in enumerate(hidden if taught else []):
+                        teacher(h) if alone else meta.rest(i + 1, teacher.parts[i](h))
+                # through the frozen rest of M the gradient of the states passes, none of its weights is computed
+                for i, (module, h) in enumerate(zip(stand_ins, hidden)):
+                    storages = {}
+                    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                        out = module(h) if alone else meta.rest(i + 1, module(h))
+                    out.sum().backward()
+                    kept.append(sum(n for storage, n in storages.items() if storage not in weights))
+            return f.get_total_flops() / 2, kept
+
+        # of one image and of two: codes, kernels and the like do not grow with the batch
+        (work, kept), (work_two, kept_two) = measure(1), measure(2)
         parameters = sum(map(count, modules))
-        frozen = 0 if alone else sum(p.numel() for p in build(config, "meta").parameters())
-        if stage == "distill" and config["distill"]["alpha"]:
-            frozen += count(build(config, "teacher"))
-    return parameters, 16 * parameters + 4 * frozen, max(a + (batch - 1) * (b - a) for a, b in zip(one, two))
+        frozen = [build(c, r) for r, used in (("meta", not alone), ("teacher", taught)) if used]
+        state = 16 * parameters + 4 * sum(map(count, frozen))
+
+    block, images = plan(config, stage)
+    more = block["batch"] - 1
+    steps = images // (block["batch"] * block["accumulate"]) * block["epochs"] * block["accumulate"]
+    return (parameters, state, max(a + more * (b - a) for a, b in zip(kept, kept_two)), steps * (work + more * (work_two - work)))
+
+
+def convolution_backward(out, x, weight, *rest, out_shape):
+    """Flops of a convolution's gradients, from shapes: as many as forward for its input and for its weight, if asked for.
+    (torch's own formula overlooks groups, so that a depthwise convolution seems to cost its width times as much.)"""
+    return 2 * math.prod(out) * math.prod(weight[1:]) * sum(rest[-1][:2])
 
 
 def command_line(doc, roles, more=()):

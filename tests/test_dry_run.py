@@ -27,21 +27,21 @@ def kept_for_backward(model, images):
 @pytest.mark.parametrize("path", DEMOS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("stage", ["meta", "teacher", "student"])
 def test_memory_is_about_what_a_real_step_keeps(path, stage):
-    config = models.load_config(path)
+    config = models.load_config(path, [f"train.{stage}.batch=32"])
     model = models.build(config, stage)
     real = kept_for_backward(model, torch.randn(32, 3, 32, 32))[0]
-    parameters, state, activations = models.memory(config, stage, 32)
+    parameters, state, activations, _ = models.cost(config, stage)
     assert parameters == models.count(model) and state == 16 * parameters
     # what a mixture keeps besides a dense MLP's states is not counted
     assert activations == pytest.approx(real, rel=0.4 if (path.stem, stage) == ("demo_vmoe", "student") else 0.15)
 
 
 def test_modules_count_the_frozen_models_and_the_largest_hybrid():
-    config = models.load_config(DEMOS[0])
+    config = models.load_config(DEMOS[0], ["train.distill.batch=32"])
     meta, teacher = (sum(p.numel() for p in models.build(config, role).parameters()) for role in ("meta", "teacher"))
-    parameters, state, activations = models.memory(config, "distill", 32)
+    parameters, state, activations, _ = models.cost(config, "distill")
     assert state == 16 * parameters + 4 * (meta + teacher)
-    assert models.memory({**config, "distill": {**config["distill"], "alpha": 0}}, "distill", 32)[1] == state - 4 * teacher
+    assert models.cost({**config, "distill": {**config["distill"], "alpha": 0}}, "distill")[1] == state - 4 * teacher
     module = models.cut(models.build(config, "student"), config, "student")[1]
     frozen = models.build(config, "meta").requires_grad_(False)
     hybrid = torch.nn.Sequential(module, frozen.parts[2])
@@ -57,6 +57,73 @@ def test_the_table_says_what_the_run_then_does(tmp_path):
     said = re.search(r"meta: ([\d,]+) parameters, (\d+) images, (\d+) epochs of (\d+) steps of (\d+) images", text)
     assert (parameters, images, epochs, batch) == (said[1], said[2], said[3], said[5])
     assert int(steps) == int(said[3]) * int(said[4])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Multiply-adds of the demo's ViTs by hand: 32 px, patch 8, so 16 patches and 17 tokens, width 64, MLP 128, 24 classes.
+
+STEM = 16 * (3 * 8 * 8) * 64
+# qkv, projection, two layers of the MLP; q·k and the sum over v
+LINEAR, ATTENTION = 17 * 64 * (192 + 64 + 128 + 128), 2 * 17 * 17 * 64
+BLOCK, HEAD = LINEAR + ATTENTION, 64 * 24
+IMAGES = 5000 // 64 * 64  # of an epoch
+
+
+def work(stage, *overrides):
+    return models.multiply_adds(models.load_config(DEMOS[0], overrides), stage)
+
+
+def trained(forward):
+    """Backward costs twice the forward: the gradient of the input, and of the weight."""
+    return 3 * forward
+
+
+def test_a_whole_models_multiply_adds_are_those_computed_by_hand():
+    # nobody asks for the gradient of the images
+    assert work("meta") == 20 * IMAGES * (trained(STEM + 3 * BLOCK + HEAD) - STEM)
+
+
+def test_a_frozen_suffix_has_no_gradients_of_weights():
+    def frozen(blocks):  # a linear layer costs 2 times its forward; attention has no weights, both its inputs are states
+        return 2 * (blocks * LINEAR + HEAD) + 3 * blocks * ATTENTION
+    prefix = STEM + 2 * BLOCK  # h_1 and h_2, once for all three modules
+    modules = (trained(STEM + 2 * BLOCK) - STEM + frozen(2),  # the teacher's modules have two blocks each
+               trained(2 * BLOCK) + frozen(1),
+               trained(2 * BLOCK + HEAD))
+    assert work("incubate") == 5 * IMAGES * (prefix + sum(modules))
+
+
+def test_a_teacher_costs_its_forward():
+    hybrids = (STEM + 2 * BLOCK) + (2 * BLOCK + HEAD) + (2 * BLOCK) + (2 * BLOCK + HEAD) + (BLOCK + HEAD)
+    assert work("distill") - work("distill", "distill.alpha=0") == 3 * IMAGES * hybrids
+    whole = 2 * IMAGES * (STEM + 6 * BLOCK + HEAD)
+    assert work("baseline_kd") - work("baseline") == whole
+    assert work("student", "distill.finetune_alpha=0.5") - work("student") == whole
+
+
+def test_multiply_adds_are_proportional_to_the_images_seen():
+    assert work("student", "train.student.epochs=6") == 3 * work("student")
+    assert work("baseline", "train.baseline_epochs=6") == 3 * work("baseline")
+    assert work("meta", "train.meta.images=[0, 2560]") == 40 / 78 * work("meta")
+    assert work("meta", "train.meta.batch=32", "train.meta.accumulate=2") == work("meta")
+    assert work("meta", "data.set=folder", "data.classes=24", "data.train_images=0") == 0
+    # what depends on codes and signatures alone is computed once a batch
+    assert work("student", "train.student.batch=8") > work("student") * 625 * 8 / IMAGES
+
+
+def test_a_mixture_counts_the_experts_that_a_token_uses():
+    config = models.load_config(DEMOS[1])
+    c = {**config["student"], "experts": 0, "mlp_ratio": 2 * config["student"]["mlp_ratio"]}
+    assert models.multiply_adds(config, "student") == models.multiply_adds({**config, "student": c}, "student") > 0
+
+
+def test_a_depthwise_convolution_costs_each_channel_its_own_filter():
+    with torch.device("meta"):
+        convolution, x = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8), torch.zeros(2, 8, 10, 10, requires_grad=True)
+        with models.FlopCounterMode(
+                display=False, custom_mapping={torch.ops.aten.convolution_backward: models.convolution_backward}) as counter:
+            convolution(x).sum().backward()
+    assert counter.get_total_flops() / 2 == trained(2 * 10 * 10 * 8 * 7 * 7)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
