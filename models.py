@@ -1,10 +1,15 @@
 """models.py – every model of m2mKD, how models are cut into modules and put together, and the weights' plumbing.
 
-    ViT          the meta model M and the teacher T; with experts it is the V-MoE student
-    NAC          the Neural Attentive Circuit student
-    cut          a whole model -> its L modules S_1 … S_L, as they are trained inside the meta model
-    build        a config -> a whole model (images B×3×H×W -> logits B×classes)
-    load_config, load_weights, save, …   the plumbing that all four stage scripts need, at the end
+What to read for the method, in this order (sections are marked by a line of dashes):
+    ViT and V-MoE                       ViT.hidden_states and ViT.rest are all that the method asks of the meta model M.
+                                        From the inside out: Attention, Mlp, MoE -> Block -> ViTModule -> ViT
+    Modules inside the meta model       cut: a whole student -> S_1 … S_L, each Stitched so that it fits into M
+    Neural Attentive Circuit            the other student. ModFC and ModFFN; then in the order in which an image passes:
+                                        Tokenizer, Seeder, ReadIn, Propagator (LatentAttention, log_kernel), ReadOut, Pool
+    Graph priors and graph regularisers what a NAC's signatures are fitted to; the method works without
+    From a config to a model            build: a config -> a whole model (images B×3×H×W -> logits B×classes)
+Plumbing of the stage scripts, to be skipped at first:
+    Config · Reading and writing weights · A run's folder · What the training loops share · What a run will take
 
 Axis letters in shape comments:  B batch · N tokens · D width · E experts · T = B·N · H hidden · K classes
     for the NAC also  U latents (receivers) · V senders or image tokens · C code · S signature · h heads · d head width
@@ -53,6 +58,7 @@ class DropPath(nn.Module):
     def forward(self, x):  # B … -> B …
         if not self.training or self.rate == 0:
             return x
+        # One draw a sample, for all of its tokens. 1 / (1 − rate) makes the expected branch that of evaluation.
         keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
         return x * (keep / (1 - self.rate)).to(x.dtype)
 
@@ -68,8 +74,11 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
+        # One matrix holds q, k and v of all heads, in timm's order, so that its weights load as they are.
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each B h N d
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        # softmax(q kᵀ / √d) v
+        x = F.scaled_dot_product_attention(q, k, v)  # B h N d
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
 class Mlp(nn.Module):
@@ -104,12 +113,17 @@ class MoE(nn.Module):
 
     def forward(self, x):  # B N D
         shape, k = x.shape, self.top_k
+        # Tokens are routed each by itself, whatever image they are from.
         x = x.reshape(-1, shape[-1])  # T D
-        logits = self.router(x)  # T E, in float32 at least
+        logits = self.router(x)  # T E
+        # Float32 at least: the auxiliary loss sums over all tokens of a batch.
         logits = clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
         E = logits.shape[1]
         if self.training and self.balance:
+            # V-MoE's noise ε ~ N(0, 1/E²): an expert that is nearly as good is tried too, and learns.
             logits = clean + torch.randn_like(clean) / E
+        # Softmax over the k chosen logits, as in the original m2mKD; V-MoE's gates are the k largest of a softmax over
+        # all E experts, so they do not sum to 1.
         top, chosen = logits.topk(k)  # T k
         gates = top.softmax(-1).to(x.dtype)
         if self.training and self.balance:
@@ -122,20 +136,26 @@ class MoE(nn.Module):
         load = chosen.bincount(minlength=E)
         if self.training:
             self.load = load / len(chosen)
+        # Pair p belongs to token p // k. The loads go to the CPU for the split: a GPU is waited for here.
         experts = zip(x[order // k].split(load.tolist()), self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
         out = torch.cat([F.linear(F.gelu(F.linear(t, w1, b1)), w2, b2) for t, w1, b1, w2, b2 in experts])  # T·k D
         if self.training and self.capacity:
+            # The sort is stable, so a pair's place in its expert's queue is its index less that of the expert's first pair.
             place = torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[chosen[order]]
             out = out * (place < math.ceil(self.capacity * len(order) / E))[:, None]
-        out = out[order.argsort()].view(-1, k, shape[-1])  # back in the tokens' order: T k D
+        # out_t = Σ_k g_k · expert_{e_k}(x_t), back in the tokens' order
+        out = out[order.argsort()].view(-1, k, shape[-1])  # T k D
         return (out * gates[..., None]).sum(1).view(shape)
 
     def auxiliary_loss(self, logits, threshold):
         """½ (importance + load), each CV² = var / mean² over the experts (V-MoE, appendix A). logits T E, threshold T 1."""
         E = logits.shape[1]
-        importance = logits.softmax(-1).sum(0)
+        # importance_e = Σ_x softmax(logits)_e: how much weight an expert gets
+        importance = logits.softmax(-1).sum(0)  # E
+        # How many tokens an expert gets is a count, without gradient. Its expectation under the noise has one:
         # load_e = Σ_x P(expert e is still chosen if its noise of std 1/E is drawn again) = Σ_x Φ((logit_e − threshold)·E)
-        load = torch.special.ndtr((logits - threshold) * E).sum(0)
+        load = torch.special.ndtr((logits - threshold) * E).sum(0)  # E
+        # var / mean² and not (std / mean)²: at perfect balance the gradient of a square root is NaN
         return self.balance * 0.5 * sum(v.var(correction=0) / v.mean() ** 2 for v in (importance, load))
 
 
@@ -154,6 +174,7 @@ class Block(nn.Module):
         self.drop_path = DropPath()
 
     def forward(self, x):
+        # x ← x + Attention(LN x);  x ← x + MLP(LN x), or the mixture in the MLP's place
         x = x + self.drop_path(self.attn(self.norm1(x)))
         feed_forward = self.moe if hasattr(self, "moe") else self.mlp
         return x + self.drop_path(feed_forward(self.norm2(x)))
@@ -176,11 +197,13 @@ class ViTModule(nn.Module):
             self.norm, self.head = vit.norm, vit.head
 
     def forward(self, x):
+        # The first hybrid starts from pixels in the student's (or teacher's) own stem, the last ends in its own head.
         if self.first:
             x = self.patch_embed(x).flatten(2).transpose(1, 2)  # B N D
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # B 1+N D
         for block in self.blocks:
             x = block(x)
+        # the class token alone is classified
         return self.head(self.norm(x)[:, 0]) if self.last else x
 
 
@@ -194,7 +217,8 @@ class ViT(nn.Module):
     def __init__(self, image_size, patch, width, heads, depths, classes, mlp_ratio=4.0, qkv_bias=True, eps=1e-6,
                  init_std=0.02, moe=None, moe_blocks=None):
         super().__init__()
-        # a Sequential only to give the convolution timm's name, patch_embed.proj
+        # A convolution with stride = kernel is one linear map for all patches. The Sequential only gives it timm's name,
+        # patch_embed.proj.
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride=patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, width))
@@ -206,17 +230,23 @@ class ViT(nn.Module):
         self.head = nn.Linear(width, classes)
         self.stitches = nn.ModuleList()  # filled by keep_stitches(): what stands between module i and module i+1
         self.apply(functools.partial(init_linear, std=init_std))
+        # DeiT's .02 at any width
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         ends = np.cumsum(depths).tolist()
+        # a tuple, which nn.Module does not look into: else each weight would stand twice in the state dict
         self.parts = tuple(ViTModule(self, self.blocks[end - depth:end], i == 0, i == len(depths) - 1)
                            for i, (depth, end) in enumerate(zip(depths, ends)))
 
     def hidden_states(self, images):
-        """[h_0 … h_{L-1}]: h_0 the images, h_i = M_i … M_1(images): what module i+1 takes in."""
+        """[h_0 … h_{L-1}]: h_0 the images, h_i = M_i … M_1(images): what module i+1 takes in.
+
+        One run over a batch serves the modules of all L places.
+        """
         states = [images]
+        # M_L's logits are no module's input
         for part in self.parts[:-1]:
-            states.append(part(states[-1]))
+            states.append(part(states[-1]))  # B 1+N D
         return states
 
     def rest(self, i, x):
@@ -247,7 +277,8 @@ def init_linear(module, std):
 
 
 def jitter(codes, training):
-    """In training codes are shaken by up to 5 %: c + U(−.05|c|, +.05|c|), one draw for the whole batch."""
+    """In training codes are shaken by up to 5 %, one draw for the whole batch."""
+    # c + U(−.05|c|, +.05|c|)
     return codes + 0.05 * codes * (2 * torch.rand_like(codes) - 1) if training else codes
 
 
@@ -258,6 +289,7 @@ class ModFC(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
+        # g small: at first all latents compute nearly the same, and their codes lead them apart
         self.gain = nn.Parameter(torch.tensor(0.1))
         self.scale = nn.Linear(code_width, width_in, bias=False)
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -268,6 +300,7 @@ class ModFC(nn.Module):
         return 1 + self.gain * F.layer_norm(scale, scale.shape[-1:])
 
     def forward(self, x, codes):
+        # W is shared by all latents. The code only says which of its inputs count: σ is a vector a latent, not a matrix.
         return F.linear(x * self.sigma(codes), self.weight, self.bias)
 
 
@@ -283,7 +316,8 @@ class ModFFN(nn.Module):
         self.drop_path = DropPath()
 
     def forward(self, x, codes):
-        a, b = self.fc1(self.norm(x), codes).chunk(2, dim=-1)
+        # 2·r·D channels, of which one half gates the other
+        a, b = self.fc1(self.norm(x), codes).chunk(2, dim=-1)  # each B U r·D
         return x + self.drop_path(self.gamma * self.fc2(a * F.gelu(b), codes))
 
 
@@ -296,10 +330,13 @@ class ConvNeXtBlock(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pwconv1 = nn.Linear(width, 4 * width)
         self.pwconv2 = nn.Linear(4 * width, width)
+        # layer scale: each block starts as (nearly) the identity
         self.gamma = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x):
-        x = x.contiguous()  # or the weight's gradient has other strides than the weight, at a cost when processes share it
+        # Contiguous, or the weight's gradient has other strides than the weight, at a cost when processes share it.
+        x = x.contiguous()
+        # channels last, where a 1×1 convolution is a plain linear layer
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # B H W D
         return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
 
@@ -316,6 +353,7 @@ class Tokenizer(nn.Module):
 
     def __init__(self, width, stages, blocks, grid_width, grid_size):
         super().__init__()
+        # as deep as the circuit can afford tokens: 2 stages leave a token for 8×8 pixels, 3 for 16×16
         widths = [width // 4, width // 2, width][:stages]
         self.downsample_layers = nn.ModuleList([
             nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0], eps=1e-6))])
@@ -331,9 +369,11 @@ class Tokenizer(nn.Module):
 
     def forward(self, x):
         for downsample, stage in zip(self.downsample_layers, self.stages):
-            x = stage(downsample(x))
+            x = stage(downsample(x))  # B width H W; H and W a quarter of the image's, then half at each stage
+        # The grid has channels of its own beside the features and is not added to them, as a ViT's is. So it need not have
+        # their width, and images of another size pool it.
         grid = self.grid if self.grid.shape[1:] == x.shape[2:] else F.adaptive_avg_pool2d(self.grid, x.shape[2:])
-        x = torch.cat([x, grid.expand(len(x), -1, -1, -1).to(x.dtype)], dim=1)
+        x = torch.cat([x, grid.expand(len(x), -1, -1, -1).to(x.dtype)], dim=1)  # B features+P H W
         return x.flatten(2).transpose(1, 2)  # B V X
 
 
@@ -349,7 +389,7 @@ class Latents(nn.Module):
 class Seeder(nn.Module):
     """Initial state of latent u: μ(LN c_u) + ε ⊙ exp(½ λ(LN c_u)), ε ~ N(0,1) a sample; ε = 0 in evaluation.
 
-    codes U C -> states B U D. (The original samples in evaluation too, so that its accuracy changes run to run.)
+    codes U C -> states B U D.
     """
 
     def __init__(self, width, code_width):
@@ -357,11 +397,13 @@ class Seeder(nn.Module):
         self.norm = nn.LayerNorm(code_width)
         self.mu = nn.Linear(code_width, width)
         self.logvar = nn.Linear(code_width, width)
+        # noise of std about exp(−2.5) = .08 at first
         nn.init.constant_(self.logvar.bias, -5.0)
 
     def forward(self, codes, batch):
         codes = self.norm(jitter(codes, self.training))
-        states = self.mu(codes).expand(batch, -1, -1)
+        states = self.mu(codes).expand(batch, -1, -1)  # B U D
+        # The original samples here too, so that its accuracy changes from one evaluation to the next.
         if not self.training:
             return states
         return states + torch.randn_like(states) * torch.exp(0.5 * self.logvar(codes))
@@ -377,7 +419,8 @@ class ReadIn(nn.Module):
         super().__init__()
         self.heads = heads
         inner = heads * head_width
-        self.attention = nn.Module()  # so that names are read_in.attention.*, like the propagators'
+        # only a name: weights are called read_in.attention.*, like the propagators'
+        self.attention = nn.Module()
         self.attention.receiver_norm = nn.LayerNorm(width)
         self.attention.sender_norm = nn.LayerNorm(token_width)
         self.attention.query = ModFC(width, inner, code_width, bias=False)
@@ -399,15 +442,17 @@ class ReadIn(nn.Module):
         w_k = att.key.weight.view(h, -1, x.shape[-1])  # h d X
         w_v = att.value.weight.view(h, -1, x.shape[-1])
         scale = q.shape[-1] ** -0.5
-        q = torch.einsum("buhd,hdx->bhux", q, w_k) * att.key.sigma(codes)
+        # (W_kᵀ q_u) ⊙ σ_u
+        q = torch.einsum("buhd,hdx->bhux", q, w_k) * att.key.sigma(codes)  # B h U X
+        # Σ_v a_uv x_v, a the softmax over v; h·U queries in one head
         mean = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], x[:, None], x[:, None], scale=scale)
-        mean = mean.view(B, h, U, -1) * att.value.sigma(codes)  # Σ_v a_uv x_v, then ⊙ σ_u
-        out = torch.einsum("bhux,hdx->buhd", mean, w_v).flatten(2)
+        mean = mean.view(B, h, U, -1) * att.value.sigma(codes)  # B h U X
+        out = torch.einsum("bhux,hdx->buhd", mean, w_v).flatten(2)  # B U h·d
         return self.ffn(states + att.gamma * att.exit(out, codes), codes)
 
 
 class LatentAttention(nn.Module):
-    """Receivers attend to senders under the kernel: softmax_v(q_u · k_v / √d + log K(u, v)).
+    """Receivers attend to senders under the kernel. The NAC paper calls it SKMDPA.
 
     q and exit are modulated by the receiver's code, k and v by the sender's. Without `sender_norm` one LayerNorm
     serves both sides. receivers B U D, senders B V D, log_kernel (B) U V or None -> B U D (no residual).
@@ -417,7 +462,8 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.heads = heads
         inner = heads * head_width
-        self.bandwidth = nn.Parameter(torch.tensor(1.0))  # β of the kernel
+        # β of the kernel: each propagator learns how far its latents listen
+        self.bandwidth = nn.Parameter(torch.tensor(1.0))
         self.receiver_norm = nn.LayerNorm(width)
         if not share_norm:
             self.sender_norm = nn.LayerNorm(width)
@@ -432,45 +478,51 @@ class LatentAttention(nn.Module):
         q = split(self.query(self.receiver_norm(receivers), receiver_codes))
         x = getattr(self, "sender_norm", self.receiver_norm)(senders)
         k, v = split(self.key(x, sender_codes)), split(self.value(x, sender_codes))
+        # Σ_v softmax_v(q_u · k_v / √d + log K(u, v)) v_v: K multiplies the attention weights before they are normalised
         if log_kernel is not None:
-            log_kernel = log_kernel.to(q.dtype).view(-1, 1, *log_kernel.shape[-2:])  # one for all heads
+            # one kernel for all heads: the graph says who may talk, the heads about what
+            log_kernel = log_kernel.to(q.dtype).view(-1, 1, *log_kernel.shape[-2:])  # 1 or B, 1 U V
         if log_kernel is None or q.is_cuda:
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_kernel)
-        else:  # on a CPU no fused attention gives the kernel a gradient, and what stands in for it keeps the scores twice
+        else:
+            # On a CPU no fused attention gives the kernel a gradient, and what stands in for it keeps the scores twice.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # B h U V
             x = scores.add_(log_kernel).softmax(-1) @ v
         return self.gamma * self.exit(x.transpose(1, 2).flatten(2), receiver_codes)
 
 
 def distance(a, b):
-    """δ(u, v) = 1 − cos(s_u, s_v). U S, V S -> U V.
-
-    Always in float32 or better: in bfloat16 the kernel of near latents would round to 1, and its logit be infinite.
-    """
-    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # the meta device knows no autocast
+    """δ(u, v) = 1 − cos(s_u, s_v), from 0 (same direction) to 2. U S, V S -> U V."""
+    # Always in float32 or better: in bfloat16 the kernel of near latents would round to 1, and its logit be infinite.
+    # (The device of models without weights, "meta", knows no autocast.)
+    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):
         return 1 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
 
 
-TRUNCATION = 0.9  # latents whose δ is larger do not talk to each other
+# Latents whose δ is larger do not talk to each other. Random signatures have δ near 1, so most pairs start unlinked.
+TRUNCATION = 0.9
 
 
 def log_kernel(delta, bandwidth, truncate=True, sample=0):
     """log K, K = exp(−δ/β), 0 where δ > .9 (NAC paper). δ U V -> U V, or with sample = B noisy ones B U V.
 
-    In training K is the probability of a relaxed Bernoulli (temperature ½): log sigmoid((logit K + ℓ)/½), ℓ logistic.
-    A truncated pair sends no gradient to the signatures: the original announces a straight-through gradient there, but
-    its code comes to this, and so do we. Its log K is −1e30 and not −∞, so that a receiver all of whose pairs are
-    truncated hears all alike, and not NaN.
+    In training K is taken as the probability of a link, and each sample of the batch draws links of its own.
     """
+    # A truncated pair sends no gradient to the signatures: the original announces a straight-through gradient there, but
+    # its code comes to this, and so do we. It also divides K by its sum over senders: a constant a row, which the softmax
+    # of the attention ignores, so it is left out.
     cut = delta.detach() > TRUNCATION if truncate else None
     if not sample:
         logs = -delta / bandwidth
+        # −1e30 and not −∞: a receiver all of whose pairs are truncated then hears all alike, and not NaN
         return logs.masked_fill(cut, -1e30) if truncate else logs
     kernel = torch.exp(-delta / bandwidth)
     if truncate:
         kernel = kernel.masked_fill(cut, 0.0)
-    eps = torch.finfo(torch.float32).eps  # δ_uu can round below 0; a truncated pair gets logit(ε)/½, about −32
-    noise = torch.rand(sample, *delta.shape, device=delta.device).clamp_(eps, 1 - eps).logit_()
+    # A Bernoulli draw has no gradient; a relaxed one (temperature ½) has: log sigmoid((logit K + ℓ) / ½), ℓ logistic.
+    # K is clamped to [ε, 1 − ε], for δ_uu can round below 0; a truncated pair gets logit(ε)/½, about −32.
+    eps = torch.finfo(torch.float32).eps
+    noise = torch.rand(sample, *delta.shape, device=delta.device).clamp_(eps, 1 - eps).logit_()  # B U V
     return F.logsigmoid((kernel.clamp(eps, 1 - eps).logit() + noise) * 2)
 
 
@@ -485,6 +537,7 @@ class Propagator(nn.Module):
 
     def forward(self, receivers, senders, receiver_codes, sender_codes, delta=None):
         """delta U V: the signatures' distances; None (tokens, which have no signature): attention without kernel."""
+        # Two draws, as in the original, although the mediators are among the senders.
         receiver_codes, sender_codes = jitter(receiver_codes, self.training), jitter(sender_codes, self.training)
         kernel = None
         if delta is not None:
@@ -494,7 +547,10 @@ class Propagator(nn.Module):
 
 
 class ReadOut(nn.Module):
-    """Output latents attend to all others; no residual, no truncation, no sampling of the kernel. B U D -> B U D."""
+    """Output latents attend to all others. B U D -> B U D.
+
+    Unlike a propagator: no residual around the attention, no truncation and no sampling of the kernel, no stochastic depth.
+    """
 
     def __init__(self, width, code_width, heads, head_width, ffn_ratio):
         super().__init__()
@@ -503,6 +559,7 @@ class ReadOut(nn.Module):
 
     def forward(self, receivers, senders, receiver_codes, sender_codes, delta=None):
         receiver_codes, sender_codes = jitter(receiver_codes, self.training), jitter(sender_codes, self.training)
+        # untruncated, every latent is heard a little, so that all get a gradient from the loss
         kernel = None if delta is None else log_kernel(delta, self.attention.bandwidth, truncate=False)
         return self.ffn(self.attention(receivers, senders, receiver_codes, sender_codes, kernel), receiver_codes)
 
@@ -517,7 +574,8 @@ class Pool(nn.Module):
 
     def forward(self, x):
         confidence = self.confidence_scorer(x)  # B U 1
-        if self.training:  # Gumbel noise: −log of an exponential variable
+        # Gumbel noise, −log of an exponential variable. The original draws it in evaluation too.
+        if self.training:
             confidence = confidence - torch.empty_like(confidence).exponential_().log()
         return self.to_logits((confidence.softmax(dim=1) * x).sum(1))
 
@@ -534,6 +592,7 @@ class NAC(nn.Module):
         super().__init__()
         code_width = code_width or width
         circuit = dict(width=width, code_width=code_width, heads=heads, head_width=head_width, ffn_ratio=ffn_ratio)
+        # without grid_size: as many places in the grid as there are tokens
         self.tokenizer = Tokenizer(width, tokenizer_stages, tokenizer_blocks, grid_width,
                                    grid_size or max(1, image_size // 2 ** (tokenizer_stages + 1)))
         self.input_latents, self.mediator_latents, self.output_latents = (
@@ -547,18 +606,21 @@ class NAC(nn.Module):
 
     def forward(self, images):
         inputs, mediators, outputs = self.input_latents, self.mediator_latents, self.output_latents
+        # Who sends is the same in all rounds: input latents and mediators.
         sender_codes = torch.cat([inputs.codes, mediators.codes])  # V C, V = U_in + U
         sender_signatures = torch.cat([inputs.signatures, mediators.signatures])
         B, stitch = len(images), iter(self.stitches)
 
+        # The image is read once, by the input latents; their states stay as they are from then on.
         x_in = self.read_in(self.seeder(inputs.codes, B), self.tokenizer(images), inputs.codes)  # B U_in D
         x_in = next(stitch, nn.Identity())(x_in)
         x = self.seeder(mediators.codes, B)  # B U D
+        # Signatures are not part of the state: the graph is the same in all rounds, and for all images.
         delta = distance(mediators.signatures, sender_signatures)  # U V
         for propagator in self.propagators:
             x = propagator(x, torch.cat([x_in, x], 1), mediators.codes, sender_codes, delta)
             x = next(stitch, nn.Identity())(x)
-        delta = distance(outputs.signatures, sender_signatures)
+        delta = distance(outputs.signatures, sender_signatures)  # U_out V
         x = self.read_out(self.seeder(outputs.codes, B), torch.cat([x_in, x], 1), outputs.codes, sender_codes, delta)
         return self.pool(x)  # B K
 
@@ -574,7 +636,8 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
     across with p_out · ring_of_cliques: groups are cliques, one edge between neighbours · erdos_renyi: p.
     """
     linked = np.zeros((n, n), bool)
-    group = np.arange(n) * groups // n  # contiguous groups, of equal size where groups divides n
+    # contiguous groups, of equal size where groups divides n
+    group = np.arange(n) * groups // n
     upper = np.triu(np.ones((n, n), bool), 1)
     if kind == "scale_free":
         # Preferential attachment: a node drawn from the list of all edges' ends is drawn in proportion to its degree.
@@ -582,6 +645,7 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
         for node in range(m, n):
             linked[node, targets] = True
             ends += targets + [node] * m
+            # m different nodes
             targets = []
             while len(targets) < m:
                 end = ends[rng.integers(len(ends))]
@@ -591,11 +655,13 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
     elif kind == "ring_of_cliques":
         linked = group[:, None] == group
         first = np.searchsorted(group, np.arange(groups))
-        linked[first, np.roll(first, -1) + 1] = True  # first of a clique – second of the next
+        # one edge to the next clique: from the first node of a clique to the second of the next
+        linked[first, np.roll(first, -1) + 1] = True
     elif kind == "erdos_renyi":
         linked = rng.random((n, n)) < p
     else:
         raise UserError(f"student.graph={kind} is not a graph prior.")
+    # These two set a pair in either direction; of the random draws the upper triangle counts, one draw a pair.
     linked = (linked | linked.T) & upper if kind in ("scale_free", "ring_of_cliques") else linked & upper
     return linked | linked.T
 
@@ -603,16 +669,19 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
 def fit_signatures(signatures, linked, steps=1000, margin=0.03):
     """Moves signatures (n×S, in place) until linked pairs are within the kernel's truncation and unlinked ones beyond it.
 
-    Adam, lr 1e-3, from a semi-orthogonal matrix. The original takes the mean over all pairs of max(δ, t) or max(−δ, −t),
-    t = .8: most unlinked pairs stop short of the truncation at .9, and few links count little among many pairs. So t is
-    .9 ∓ margin here, and both kinds of pairs weigh the same. Returns the shares of both that end where they should.
+    Adam, lr 1e-3, from a semi-orthogonal matrix. Returns the shares of linked and of unlinked pairs that end where they
+    should.
     """
+    # orthogonal: all pairs start at δ = 1, unlinked, and none has a head start (as far as n vectors fit in S dimensions)
     s = nn.init.orthogonal_(torch.empty(signatures.shape)).requires_grad_()
     linked = torch.as_tensor(linked)
     unlinked = ~linked & ~torch.eye(len(s), dtype=torch.bool)
     optimizer = torch.optim.Adam([s], lr=1e-3)
     for _ in range(steps):
-        delta = distance(s, s)
+        delta = distance(s, s)  # n n
+        # The original takes the mean over all pairs of max(δ, t) or max(−δ, −t), t = .8: most unlinked pairs stop short of
+        # the truncation at .9, and few links count little among many pairs. So t is .9 ∓ margin here, and both kinds of
+        # pairs weigh the same:
         # mean over linked pairs of max(δ, .87) + mean over unlinked pairs of max(−δ, −.93)
         loss = ((delta.clamp(min=TRUNCATION - margin) * linked).sum() / linked.sum().clamp(min=1)
                 + ((-delta).clamp(min=-TRUNCATION - margin) * unlinked).sum() / unlinked.sum().clamp(min=1))
@@ -623,12 +692,14 @@ def fit_signatures(signatures, linked, steps=1000, margin=0.03):
         signatures.copy_(s)
         near = distance(s, s) <= TRUNCATION
     shares = near[linked].float().mean(), (~near)[unlinked].float().mean()
-    return tuple(share.nan_to_num(1).item() for share in shares)  # of no pairs: all
+    # the mean of no pairs is NaN; none of them is in the wrong place
+    return tuple(share.nan_to_num(1).item() for share in shares)
 
 
 def hinge_repulsion(nac, threshold=0.4):
-    """−Σ δ over all pairs of the NAC's signatures that are closer than the threshold: pushes them apart."""
+    """Pushes apart all pairs of the NAC's signatures, of latents of all three kinds, that are closer than the threshold."""
     s = torch.cat([latents.signatures for latents in (nac.input_latents, nac.mediator_latents, nac.output_latents)])
+    # −Σ δ over pairs u < v with δ < threshold: each pair counts once, and one that is far enough not at all
     delta = distance(s, s).triu(1)
     close = torch.ones_like(delta, dtype=torch.bool).triu(1) & (delta.detach() < threshold)
     return -delta[close].sum()
@@ -637,10 +708,11 @@ def hinge_repulsion(nac, threshold=0.4):
 def match_rows(cost, capacity):
     """Assigns each of n rows to one of G groups, `capacity` rows a group, at the least total cost. n×G -> n group numbers.
 
-    Exact. Rows of the block model's target within a group are equal, so the n×n assignment problem (the original's
-    Hungarian matching) is a transport problem with G sinks: start from each row's cheapest group, then move rows from
-    full groups to groups with room along shortest paths in the graph of G groups (successive shortest paths).
+    Exact, as the original's Hungarian matching by scipy is.
     """
+    # Rows of the block model's target within a group are equal, so the n×n assignment problem is a transport problem with
+    # G sinks: start from each row's cheapest group, then move rows from overfull groups to groups with room along shortest
+    # paths in the graph of G groups (successive shortest paths).
     cost = cost.detach().double().cpu().numpy()
     n, G = cost.shape
     group = cost.argmin(1)
@@ -655,13 +727,15 @@ def match_rows(cost, capacity):
                 extra = cost[rows] - cost[rows, a, None]
                 best = extra.argmin(0)
                 price[a], mover[a] = extra[best, np.arange(G)], rows[best]
-        reach = np.where(room < 0, 0.0, np.inf)  # Bellman–Ford from all overfull groups
+        # Bellman–Ford from all overfull groups: a step can have a negative price, so Dijkstra's algorithm does not do
+        reach = np.where(room < 0, 0.0, np.inf)
         before = np.full(G, -1)
         for _ in range(G):
             via = reach[:, None] + price
             best = via.argmin(0)
             better = via[best, np.arange(G)] < reach - 1e-12
             reach, before = np.where(better, via[best, np.arange(G)], reach), np.where(better, best, before)
+        # one row a group moves along the cheapest path, from its end back to its start
         b = np.where(room > 0, reach, np.inf).argmin()
         room[b] -= 1
         while before[b] >= 0:
@@ -675,8 +749,7 @@ def match_rows(cost, capacity):
 def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
     """Stochastic block model regulariser: MSE between each propagator's link probabilities K and a block matrix P.
 
-    K (U×U mediators, truncated, not sampled) has its rows – not its columns – matched to P's rows first, at the least
-    MSE; summed over propagators. Gradients reach signatures and bandwidths through K.
+    K is that of the U mediators, truncated and not sampled. Gradients reach signatures and bandwidths through it.
     """
     s = nac.mediator_latents.signatures
     group = torch.arange(len(s), device=s.device) * groups // len(s)
@@ -684,7 +757,9 @@ def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
     capacity = group.bincount(minlength=groups).cpu().numpy()
     delta, loss = distance(s, s), 0
     for propagator in nac.propagators:
-        kernel = log_kernel(delta, propagator.attention.bandwidth).exp()
+        kernel = log_kernel(delta, propagator.attention.bandwidth).exp()  # U U
+        # Which mediators make a block is free: K's rows are matched to P's at the least MSE. (Its columns are not matched
+        # along with them, as in the original.)
         # ‖K_u − P_g‖² = ‖K_u‖² − 2 K_u·P_g + ‖P_g‖²; the first term does not depend on g
         rows = match_rows(target.square().sum(1) - 2 * kernel @ target.T, capacity).to(s.device)
         loss = loss + (kernel - target[rows]).square().mean()
@@ -693,6 +768,7 @@ def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
 
 def regularizer(model, config):
     """What training adds to the loss: a NAC's graph regulariser, the balance losses of mixtures; else 0."""
+    # the paper's choice: the block model for the planted partition, hinge repulsion for all other priors
     weight = config["student"]["regularizer"]
     if not isinstance(model, NAC) or not weight:
         return sum(m.aux for m in model.modules() if isinstance(m, MoE) and m.balance)
@@ -732,6 +808,7 @@ class Stitched(nn.Module):
         self.pre_stitch, self.body, self.post_stitch = pre, body, post
 
     def forward(self, x):
+        # the student's hybrid is M_L ∘ … ∘ M_{i+1} ∘ [post ∘ S_i ∘ pre] ∘ M_{i-1} ∘ … ∘ M_1
         return self.post_stitch(self.body(self.pre_stitch(x)))
 
 
@@ -753,7 +830,8 @@ class NACModule(nn.Module):
         super().__init__()
         self.mode, last = mode, len(nac.propagators) + 1
         self.kind = "read_in" if i == 0 else "read_out" if i == last else "propagator"
-        listeners, stand_in = None, nac.mediator_latents  # who listens to the tokens (None: they do), who they stand for
+        # who listens to the tokens (None: they do), and whom the tokens stand for
+        listeners, stand_in = None, nac.mediator_latents
         if i == 0:
             self.tokenizer, self.read_in, listeners = nac.tokenizer, nac.read_in, nac.input_latents
         elif i == last:
@@ -762,10 +840,11 @@ class NACModule(nn.Module):
             self.propagator = nac.propagators[i - 1]
             if i == 1 and mode != "original":
                 listeners, stand_in = nac.mediator_latents, nac.input_latents
+        # without kernel β has no gradient, and DistributedDataParallel wants one for every parameter that trains
         if i:
             (self.read_out if i == last else self.propagator).attention.bandwidth.requires_grad_(False)
 
-        # buffers are not in the state dict: like all initial values they are a function of the seed
+        # These buffers are not in the state dict: like all initial values they are a function of the seed.
         codes = stand_in.codes.detach().clone()
         if mode != "own":
             codes = torch.randn_like(codes[:1] if mode == "original" else codes)
@@ -773,6 +852,8 @@ class NACModule(nn.Module):
         if listeners is None:
             self.codes = None
         elif mode == "own":
+            # Two modules may not pull at one tensor, for each is trained alone. The mediators' codes are also those of the
+            # tokens in later modules, so the first propagator leaves them be.
             self.codes = listeners.codes.requires_grad_(i != 1)
         else:
             codes = listeners.codes[:1] if mode == "original" else listeners.codes
@@ -784,25 +865,28 @@ class NACModule(nn.Module):
 
     def forward(self, x):
         draw = torch.randn_like if self.mode == "fresh" and self.training else nn.Identity()
-        if self.kind != "read_in":  # one code a token, from the first again where tokens are more than codes
+        if self.kind != "read_in":
+            # one code a token, from the first again where tokens are more than codes
             n = torch.arange(x.shape[1], device=x.device)
             token_codes = draw(self.token_codes)[n % len(self.token_codes)]  # N C
         if self.codes is None:
-            return self.propagator(x, x, token_codes, token_codes)
+            # tokens talk to tokens
+            return self.propagator(x, x, token_codes, token_codes)  # B N D
         codes = draw(self.codes)  # U C
         states = self.states.expand(len(x), -1, -1) if self.mode == "original" else self.seeder(codes, len(x))  # B U D
         if self.kind == "read_in":
             return self.read_in(states, self.tokenizer(x), codes)
         if self.kind == "propagator":
+            # senders as in the circuit: input latents (here the tokens), then mediators
             return self.propagator(states, torch.cat([x, states], 1), codes, torch.cat([token_codes, codes]))
         return self.pool(self.read_out(states, x, codes, token_codes))
 
 
 def new_stitches(student, config):
-    """The layers between two modules of a student: post (to the meta's width) and pre (back): plain Linear for a NAC,
-    LayerNorm + Linear for a V-MoE."""
+    """The layers between two modules of a student: post (to the meta's width) and pre (back)."""
     width, meta_width = config["student"]["width"], config["meta"]["width"]
 
+    # as in the original: plain Linear for a NAC, LayerNorm + Linear for a V-MoE
     def stitch(a, b):
         fc = nn.Linear(a, b)
         return fc if isinstance(student, NAC) else nn.Sequential(OrderedDict(ln=nn.LayerNorm(a), fc=fc))
@@ -813,17 +897,19 @@ def new_stitches(student, config):
 def cut(model, config, role):
     """The L modules of a whole teacher or student as they are trained inside the meta model, sharing its parameters.
 
-    A teacher's modules fit the meta model as they are (same width, as in Deep Incubation). A student's get stitches,
-    none before the first module and none after the last.
+    A student's modules get stitches, none before the first module and none after the last.
     """
+    # A teacher's modules have the meta model's width, as in Deep Incubation, and fit into it as they are.
     if role == "teacher":
         return list(model.parts)
+    # Seeded anew, so that stitches are the same for each way of training: all modules at once, one by one, in processes.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         if isinstance(model, NAC):
             parts = [NACModule(model, i, config["distill"]["codes"]) for i in range(len(model.propagators) + 2)]
         else:
             parts = model.parts
+        # Kept stitches are part of the assembled student, so they are trained in place, as the other weights are.
         kept = len(model.stitches) and config["distill"]["stitches"] == "keep"
         pairs = model.stitches if kept else [new_stitches(model, config) for _ in parts[1:]]
     pre = [nn.Identity()] + [pair.pre for pair in pairs]
@@ -832,9 +918,10 @@ def cut(model, config, role):
 
 
 def fold_stitches(model, modules):
-    """Sets a NAC's folded stitches: pre_{i+1} ∘ post_i is one affine map, W = W_pre W_post, b = W_pre b_post + b_pre."""
+    """Sets a NAC's folded stitches: between two modules pre_{i+1} ∘ post_i is one affine map, D -> D."""
     for i, folded in enumerate(model.stitches):
         post, pre = modules[i].post_stitch, modules[i + 1].pre_stitch
+        # pre(post(x)) = W_pre (W_post x + b_post) + b_pre: W = W_pre W_post, b = W_pre b_post + b_pre
         with torch.no_grad():
             folded.weight.copy_(pre.weight @ post.weight)
             folded.bias.copy_(pre.weight @ post.bias + pre.bias)
@@ -870,6 +957,7 @@ def build(config, role):
                         ffn_ratio=c["mlp_ratio"], tokenizer_stages=c["tokenizer_stages"],
                         tokenizer_blocks=c["tokenizer_blocks"], grid_width=c["grid_width"], grid_size=c["grid_size"],
                         **common)
+        # A student that keeps its stitches, or has them folded, is a larger model than its baseline.
         stitches = config["distill"]["stitches"] if role == "student" else "drop"
         for _ in range(modules_of(config) - 1 if stitches != "drop" else 0):
             model.stitches.append(new_stitches(model, config) if stitches == "keep" else
@@ -1689,6 +1777,55 @@ def count(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
+def command_line(doc, roles, more=()):
+    """Parses `--config FILE [--dry-run] [key=value …]`. Returns the config, and the words of the command line alone:
+    words.role, .force, .dry_run, and what a script names in `more` (module, checkpoint)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--dry-run", action="store_true", help="build everything without weights, print the stages")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a config key by its dotted path, or "
+                        f"role={'|'.join(roles)}, module=i, force=true")
+    words = parser.parse_intermixed_args()
+    rest = []
+    words.role, words.module, words.force, words.checkpoint = roles[0], None, False, None
+    for item in words.overrides:
+        key, _, value = item.partition("=")
+        if key == "role":
+            if value not in roles:
+                raise UserError(f"role={value} is not allowed: it must be one of {', '.join(roles)}.")
+            words.role = value
+        elif key == "force":
+            if value not in ("true", "false"):
+                raise UserError(f"force={value} is not allowed: it must be true or false.")
+            words.force = value == "true"
+        elif key in more:
+            setattr(words, key, value)
+        else:
+            rest.append(item)
+    config = load_config(words.config, rest)
+    if words.module is not None:
+        L = modules_of(config)
+        if not words.module.isdecimal() or int(words.module) >= L:
+            raise UserError(f"module={words.module} is not allowed: it must be a whole number from 0 to {L - 1}.")
+        words.module = int(words.module)
+    return config, words
+
+
+def run(main):
+    """Runs a stage's main(). Bad input, a full disk or too little memory end in one sentence and exit code 2."""
+    try:
+        main()
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "alloc" not in str(e):  # torch's words when memory does not suffice
+            raise
+        print("error:", " ".join(str(e).split()), file=sys.stderr)  # on every process: the one bad image may be in this one's share
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What a run will take, without running it
+
+
 def images_of(d):
     """Training images of a data block, as far as they are known without looking; else 0."""
     held_out = d["validation_images"] if d["set"] not in DRAWN else 0
@@ -1797,48 +1934,3 @@ def convolution_backward(out, x, weight, *rest, out_shape):
     """Flops of a convolution's gradients, from shapes: as many as forward for its input and for its weight, if asked for.
     (torch's own formula overlooks groups, so that a depthwise convolution seems to cost its width times as much.)"""
     return 2 * math.prod(out) * math.prod(weight[1:]) * sum(rest[-1][:2])
-
-
-def command_line(doc, roles, more=()):
-    """Parses `--config FILE [--dry-run] [key=value …]`. Returns the config, and the words of the command line alone:
-    words.role, .force, .dry_run, and what a script names in `more` (module, checkpoint)."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--dry-run", action="store_true", help="build everything without weights, print the stages")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a config key by its dotted path, or "
-                        f"role={'|'.join(roles)}, module=i, force=true")
-    words = parser.parse_intermixed_args()
-    rest = []
-    words.role, words.module, words.force, words.checkpoint = roles[0], None, False, None
-    for item in words.overrides:
-        key, _, value = item.partition("=")
-        if key == "role":
-            if value not in roles:
-                raise UserError(f"role={value} is not allowed: it must be one of {', '.join(roles)}.")
-            words.role = value
-        elif key == "force":
-            if value not in ("true", "false"):
-                raise UserError(f"force={value} is not allowed: it must be true or false.")
-            words.force = value == "true"
-        elif key in more:
-            setattr(words, key, value)
-        else:
-            rest.append(item)
-    config = load_config(words.config, rest)
-    if words.module is not None:
-        L = modules_of(config)
-        if not words.module.isdecimal() or int(words.module) >= L:
-            raise UserError(f"module={words.module} is not allowed: it must be a whole number from 0 to {L - 1}.")
-        words.module = int(words.module)
-    return config, words
-
-
-def run(main):
-    """Runs a stage's main(). Bad input, a full disk or too little memory end in one sentence and exit code 2."""
-    try:
-        main()
-    except (UserError, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "alloc" not in str(e):  # torch's words when memory does not suffice
-            raise
-        print("error:", " ".join(str(e).split()), file=sys.stderr)  # on every process: the one bad image may be in this one's share
-        sys.exit(2)
