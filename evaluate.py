@@ -9,10 +9,10 @@
 
 Writes <output_dir>/results.json, a list of {role, set, top1, top5, images, checkpoint}. Every image of a set counts
 once, however many processes share it, and the last weights are scored, not the best on the way.
-Three parts: scoring · the report's tables (report.md) · its pictures (PNG). Only the first is needed for the numbers.
+Three parts: scoring · the report's tables (report.md) · its pictures (PNG). A single run's report is in <output_dir>/report,
+that of several in `report` in the folder that holds them.
 """
 
-import functools
 import json
 import math
 import os
@@ -33,7 +33,7 @@ ROLES = ("student", "meta", "teacher", "baseline", "baseline_kd", "all")
 
 def main():
     if "--report" in sys.argv:
-        return report(*report_words(sys.argv[sys.argv.index("--report") + 1:]))
+        return report(sys.argv[sys.argv.index("--report") + 1:])
     config, words = models.command_line(__doc__, ROLES, ("checkpoint",))
     if words.dry_run:
         return models.dry_run(config)
@@ -181,59 +181,46 @@ TRAINED = ("meta", "incubate", "teacher", "distill", "student", "baseline", "bas
 DAMAGE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, yaml.YAMLError)
 
 
-def report_words(words):
-    """What follows --report on the command line -> run folders, folder to write to or None."""
-    if "--out" not in words:
-        return words, None
-    k = words.index("--out")
-    if len(words) < k + 2:
-        raise models.UserError("--out needs a folder.")
-    return words[:k] + words[k + 2:], words[k + 1]
-
-
-def report(folders, out=None):
-    """Prints the tables of run folders and writes them as report.md, with pictures, to `out`: by default `report` in the
-    runs' common parent, or in the one run."""
+def report(words):
+    """Prints tables over run folders and writes them as report.md, with pictures; `words` may end in --out FOLDER."""
+    at = words.index("--out") if "--out" in words else len(words)
+    folders, out = words[:at], words[at + 1:]
+    if len(out) != (at < len(words)):
+        raise models.UserError("--out stands last and needs one folder: --report RUN … --out FOLDER.")
     counted = {}
     runs = [run for run in (read_run(f, counted) for f in sorted({Path(f).resolve() for f in folders})) if run]
     if not runs:
         raise models.UserError(f"no results in {', '.join(map(str, folders)) or 'no folder'}: run evaluate.py first.")
-    out = Path(out or Path(os.path.commonpath([run["folder"] for run in runs]), "report"))
-    tables = results_table(runs) + [""] + costs_table(runs) + circuits_table(runs)
-    print("\n" + "\n".join(tables))
-    models.write_text(out / "report.md", "\n".join(tables) + "\n")
-    print(f"\n{out / 'report.md'}")
-    for draw in (draw_curves, draw_cost, draw_circuit, draw_experts, draw_contact):
+    out = Path(out[0] if out else Path(os.path.commonpath([run["folder"] for run in runs]), "report"))
+    tables = [results_table(runs), costs_table(runs), circuits_table(runs)]
+    text = "\n\n".join("\n".join(lines) for lines in tables if lines)
+    print(f"\n{text}\n\n{out / 'report.md'}")
+    models.write_text(out / "report.md", text + "\n")
+    for name, draw in (("curves", draw_curves), ("cost", draw_cost), ("circuit", draw_circuit), ("experts", draw_experts),
+                       ("contact", draw_contact)):
         if picture := draw(runs):
-            path = out / f"{draw.__name__.removeprefix('draw_')}.png"
-            # drawn at twice the size, so that halving it smooths the edges, which Pillow itself does not
-            models.write(path, lambda file: picture.reduce(2).save(file, "PNG"))
-            print(path)
+            # Drawn at twice the size: Pillow's lines have jagged edges, which halving smooths.
+            models.write(out / f"{name}.png", lambda file: picture.reduce(2).save(file, "PNG"))
+            print(out / f"{name}.png")
 
 
 def read_run(folder, counted):
-    """A run's folder -> {folder, config, top1 {role: {set: %}}, log {(stage, module, epoch): line}, cost {stage: (s, TMAC)}};
-    None if it is not a run or not evaluated yet. `counted` keeps what stages cost, for counting takes a moment."""
+    """A run's folder -> {folder, config, top1 {role: {set: %}}, log {(stage, module, epoch): line}, cost {stage: (s,
+    TMAC)}}; None if it is not a run, or not evaluated yet. `counted` keeps what stages cost: runs share most of them."""
     try:
-        config = full_config(folder)
-        top1 = {}
+        config, top1, log = full_config(folder), {}, read_log(folder)
         for r in json.loads((folder / "results.json").read_text()):
             top1.setdefault(r["role"], {})[r["set"]] = number(r["top1"])
-        log = read_log(folder)
-        # A stage that the run took from another one is in that one's log; it is the same only if its settings are.
-        own, other = {stage for stage, *_ in log}, Path(config["share"] or folder)
-        for key, line in read_log(other).items() if (other / "config.yaml").exists() else ():
-            if key[0] not in own and models.settings(config, key[0]) == models.settings(full_config(other), key[0]):
+        # A stage that was taken from the shared run is in that one's log. It is the same only if its settings are.
+        own, shared = {stage for stage, *_ in log}, Path(config["share"] or folder)
+        theirs = full_config(shared) if (shared / "config.yaml").exists() else config
+        for key, line in read_log(shared).items():
+            if key[0] not in own and models.settings(config, key[0]) == models.settings(theirs, key[0]):
                 log[key] = line
-        cost = {}
-        for stage in {stage for stage, *_ in log}:
-            seconds = sum(line["seconds"] for (s, *_), line in log.items() if s == stage)
-            made = (stage, without_seed(config, stage)[0])
-            if made not in counted:
-                counted[made] = number(models.multiply_adds(config, stage)) / 1e12
-            cost[stage] = (seconds, counted[made])
-        for role in top1:
-            without_seed(config, role)
+        cost = {stage: (sum(line["seconds"] for key, line in log.items() if key[0] == stage), tmac(config, stage, counted))
+                for stage in {stage for stage, *_ in log}}
+        for role in [*top1, *cost]:
+            row(config, role)  # raises if it cannot be told what they were made with
     except OSError:
         return None
     except DAMAGE as e:
@@ -241,21 +228,38 @@ def read_run(folder, counted):
     return dict(folder=folder, config=config, top1=top1, log=log, cost=cost)
 
 
+def tmac(config, stage, counted):
+    """10¹² multiply-adds of a stage. They are counted for one epoch and kept in `counted`: a count takes a second, and most
+    runs of a sweep differ in nothing that changes it."""
+    block = "student" if stage.startswith("baseline") else stage
+    epochs, longer = config["train"][block]["epochs"], config["train"]["baseline_epochs"]
+    epochs = longer if block != stage and longer is not None else epochs
+    flat = {**models.flatten(config), f"train.{block}.epochs": 1, "train.baseline_epochs": 1}
+    # of α only whether there is a teacher; of the other stages nothing; no learning rates
+    key = str([stage] + [v > 0 if k.endswith("alpha") else v for k, v in flat.items() if k.startswith(
+        ("data.", "target.", "meta.", "teacher.", "student.", "distill.", f"train.{block}.")) and not k.endswith("lr")])
+    if key not in counted:
+        counted[key] = number(models.multiply_adds(models.unflatten(flat), stage)) / 1e12
+    return number(epochs) * counted[key]
+
+
 def full_config(folder):
     """A run's config; keys that an older version did not have yet are at their defaults."""
     defaults = {key: default for key, (default, _) in models.KEYS.items()}
-    return models.unflatten({**defaults, **models.flatten(yaml.safe_load((folder / "config.yaml").read_text()))})
+    given = models.flatten(yaml.safe_load((folder / "config.yaml").read_text()))
+    for key, (_, (allowed, words)) in models.KEYS.items():
+        if key in given and not allowed(given[key]):
+            raise ValueError(f"{key}={given[key]!r} is not {words}")
+    number(given["data.classes"])  # never left open in a resolved config
+    return models.unflatten({**{k: v for k, v in given.items() if k not in defaults}, **defaults, **given})
 
 
 def read_log(folder):
-    """A run's log -> {(stage, module or None, epoch): line}; the later of two lines counts: a stage that was forced again."""
+    """A run's log -> {(stage, module or None, epoch): line}. A stage that was forced again counts once: its later lines."""
     path, log = folder / "log.jsonl", {}
     for line in map(json.loads, path.read_text().splitlines() if path.exists() else []):
-        line["seconds"] = number(line["seconds"])
-        if "val_top1" in line:
-            line["val_top1"] = number(line["val_top1"])
-        if "expert_load" in line:
-            line["expert_load"] = [[number(share) for share in layer] for layer in line["expert_load"]]
+        line.update({key: number(line[key]) for key in ("seconds", "val_top1") if key == "seconds" or key in line})
+        line["expert_load"] = [[number(share) for share in layer] for layer in line.get("expert_load", [])]
         log[line["stage"], line.get("module"), int(line["epoch"])] = line
     return log
 
@@ -267,54 +271,48 @@ def number(value):
     return float(value)
 
 
-def without_seed(config, stage):
-    """The settings a stage depends on, without the seed, as JSON; and the seed."""
+def row(config, stage):
+    """The settings that a stage depends on but for the seed, as JSON, and the seed: runs of the same settings make a row."""
     made = json.loads(models.settings(config, stage))
     seed = int(made.pop("seed"))
     return json.dumps(made), seed
 
 
 def grouped(runs, stage, value):
-    """Runs that differ only in the seed make one row: {settings: {seed: value(run)}}, of runs whose value is not None."""
+    """{settings: {seed: value(run)}} of the runs whose value is not None."""
     rows = {}
     for run in runs:
         if (v := value(run)) is not None:
-            made, seed = without_seed(run["config"], stage)
+            made, seed = row(run["config"], stage)
             rows.setdefault(made, {}).setdefault(seed, v)
     return rows
 
 
-HEAD = ("student.kind", "data.set")  # other settings follow from these: rows are compared among those that share them
-FIRST = ("distill.", "student.", "train.baseline_epochs", "train.student.", "train.distill.")  # named first
+HEAD = ("student.kind", "data.set")  # what other settings follow from: rows are compared among those that share it
+FIRST = ("distill.", "student.", "train.baseline_epochs", "train.student.", "train.distill.")  # the keys named first
 
 
-def names(rows, most=3):
-    """{settings: text}, what sets a row apart, as ", key=value, …". It is compared with the row that differs least from all
-    others, the plain one, whose text is empty. At most so many keys, unless two rows would then have the same name."""
-    flat = {made: json.loads(made) for made in rows}
-
-    def differences(a, b):
-        return [k for k in a if a[k] != b.get(k)]
-
-    def text(made, most):
-        a = flat[made]
-        family = [b for b in flat.values() if not any(k in HEAD for k in differences(a, b))]
-        plain = min(family, key=lambda b: sum(len(differences(b, other)) for other in family))
-        keys = [k for k in HEAD if any(k in differences(a, b) for b in flat.values())]
-        rank = lambda k: next((i for i, start in enumerate(FIRST) if k.startswith(start)), len(FIRST))
-        keys += sorted(differences(a, plain), key=rank)
-        # without a teacher it does not matter how it would have been listened to
-        if a.get("distill.alpha") == 0:
+def names(stage, rows, most=3):
+    """Yields (name, values over seeds) of each row. A name holds what sets the row apart from the plain one, which is the
+    row that differs least from all others; at most so many keys, unless two rows would then be called alike."""
+    flat = [json.loads(made) for made in rows]
+    differ = lambda a, b: [k for k in a if a[k] != b.get(k)]
+    long = []
+    for a in flat:
+        family = [b for b in flat if all(a.get(k) == b.get(k) for k in HEAD)]
+        plain = min(family, key=lambda b: sum(len(differ(b, c)) for c in family))
+        keys = sorted(differ(a, plain), key=lambda k: not k.startswith(FIRST))
+        if a.get("distill.alpha") == 0:  # who has no teacher need not say how it would have been listened to
             keys = [k for k in keys if k not in ("distill.tau", "distill.kind", "distill.reduction")]
-        more = f", + {len(keys) - most} more" if len(keys) > most else ""
-        return "".join(f", {k}={json.dumps(a[k])}" for k in keys[:most]) + more
+        head = [str(a[k]) for k in HEAD if any(k in differ(a, b) for b in flat)]
+        text = [f"{k}={json.dumps(a[k])}".replace('"', "").removesuffix(".0") for k in keys]
+        long.append([" ".join([stage, *head])] + text)
+    short = [", ".join(n[:1 + most]) + (f", + {len(n) - 1 - most} more" if len(n) > 1 + most else "") for n in long]
+    for n, name, values in zip(long, short, rows.values()):
+        yield (name if short.count(name) == 1 else ", ".join(n)), list(values.values())
 
-    short = {made: text(made, most) for made in rows}
-    clash = {name for name in short.values() if [*short.values()].count(name) > 1}
-    return {made: text(made, 1000) if name in clash else name for made, name in short.items()}
 
-
-def total(cost, stages, unit):
+def spent(cost, stages, unit):
     """Seconds (unit 0) or TMAC (unit 1) that a run spent on stages."""
     return sum(cost[stage][unit] for stage in stages if stage in cost)
 
@@ -326,12 +324,11 @@ def results_table(runs):
              + " | seeds | own s | s before | own TMAC | TMAC before |", "|---|" + "---|" * (len(sets) + 5)]
     for role in ROLES[:-1]:
         rows = grouped(runs, role, lambda run: (run["top1"][role], run["cost"]) if role in run["top1"] else None)
-        for made, name in names(rows).items():
-            values = rows[made].values()
-            cells = [mean_std([top1[name] for top1, _ in values if name in top1]) for name in sets] + [f"{len(values)}"]
-            cells += [f"{statistics.mean(total(cost, stages, unit) for _, cost in values):{form}}"
+        for name, values in names(role, rows):
+            cells = [mean_std([top1[s] for top1, _ in values if s in top1]) for s in sets] + [str(len(values))]
+            cells += [f"{statistics.mean(spent(cost, stages, unit) for _, cost in values):{form}}"
                       for unit, form in ((0, ".0f"), (1, ".3g")) for stages in STAGES[role]]
-            lines.append(f"| {role}{name} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -339,26 +336,29 @@ def costs_table(runs):
     """Lines of a Markdown table: a row a stage, seconds as mean over seeds and multiply-adds."""
     lines = ["| stage | seeds | s | TMAC (10¹² multiply-adds) |", "|---|---|---|---|"]
     for stage in TRAINED:
-        rows = grouped(runs, stage, lambda run: run["cost"].get(stage))
-        for made, name in names(rows).items():
-            seconds, macs = (statistics.mean(column) for column in zip(*rows[made].values()))
-            lines.append(f"| {stage}{name} | {len(rows[made])} | {seconds:.0f} | {macs:.3g} |")
+        for name, values in names(stage, grouped(runs, stage, lambda run: run["cost"].get(stage))):
+            seconds, macs = map(statistics.mean, zip(*values))
+            lines.append(f"| {name} | {len(values)} | {seconds:.0f} | {macs:.3g} |")
     return lines
 
 
 def circuits_table(runs):
     """Lines that say how many of a NAC's mediators can hear each other, before finetuning and after; none without a NAC."""
     rows = grouped(runs, "student", lambda run: (pair := circuits(run)) and [linked_share(nac) for nac in pair])
-    lines = [f"| student{name} | {' | '.join(mean_std(column) for column in zip(*rows[made].values()))} |"
-             for made, name in names(rows).items()]
-    return lines and ["", f"| pairs of mediators within the kernel's truncation (δ ≤ {models.TRUNCATION}), % | assembled | "
-                      "finetuned |", "|---|---|---|", *lines]
+    lines = [f"| {name} | {' | '.join(map(mean_std, zip(*values)))} |" for name, values in names("student", rows)]
+    title = f"| linked pairs of mediators (δ ≤ {models.TRUNCATION}), % | assembled | finetuned |"
+    return lines and [title, "|---|---|---|", *lines]
 
 
 def mean_std(values):
     if not values:
         return "–"
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.1f}" + (f" ± {std(values):.1f}" if len(values) > 1 else "")
+
+
+def std(values):
+    """Sample standard deviation; 0 of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def student_of(run, stage, name):
@@ -391,66 +391,57 @@ def linked_share(nac):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Pictures, drawn with Pillow. A draw_… function makes an image of twice the size it is written in, or None for lack of data.
+# Pictures: each draw_… makes an image with Pillow, or returns None where there is nothing to draw
 
 WIDTH = 2300
-BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = (  # Okabe and Ito's palette, which the colour-blind can tell apart
+BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY = PALETTE = (  # Okabe's and Ito's, which the colour-blind can tell apart
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#777777")
-PALETTE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK, GREY)
 COLORS = {"student": BLUE, "baseline": RED, "baseline_kd": ORANGE, "teacher": GREEN, "meta": GREY}
-
-
-@functools.lru_cache(maxsize=None)
-def font(size):
-    return ImageFont.load_default(size=size)
 
 
 def paper(height):
     """A white image of the common width, and its pen."""
-    image = Image.new("RGB", (WIDTH, int(height)), "white")
+    image = Image.new("RGB", (WIDTH, height), "white")
     return image, ImageDraw.Draw(image)
 
 
-def write(draw, xy, text, size=26, fill=BLACK, anchor="lm", width=None):
-    """Text at xy; `width` pixels are all there is: what goes beyond them is cut off with an ellipsis."""
-    if width and font(size).getlength(text) > width:
-        while text and font(size).getlength(text + "…") > width:
-            text = text[:-1]
-        text += "…"
-    draw.text(xy, text, fill=fill, font=font(size), anchor=anchor)
+def write(draw, xy, text, size=26, fill=BLACK, anchor="lm", width=WIDTH):
+    """Text at xy; what goes beyond `width` pixels is cut off with an ellipsis."""
+    font = ImageFont.load_default(size=size)  # Pillow's own: it has neither Greek letters nor superscripts
+    while font.getlength(text) > width:
+        text = text.rstrip("…")[:-1] + "…"
+    draw.text(xy, text, fill=fill, font=font, anchor=anchor)
 
 
 def ticks(low, high, log=False):
-    """Round numbers from low to high: multiples of 1, 2, 5, 10 …, at most six; on a log axis 1, 2, 5 of every decade."""
+    """Round numbers from low to high: at most six multiples of 1, 2, 5, 10 …; on a log axis 1, 2, 5 of every decade."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-        return [m * 10.0**k for k in decades for m in (1, 2, 5) if low <= m * 10.0**k <= high]
+        return [x for k in decades for m in (1, 2, 5) if low <= (x := m * 10.0**k) <= high]
     step = next(m * 10**k for k in range(30) for m in (1, 2, 5) if (high - low) / (m * 10**k) <= 5)
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def axes(draw, box, xs, ys, title, x_name, y_name, log=False):
-    """Draws axes in box = (left, top, right, bottom) over the ranges xs and ys (x logarithmic with `log`), with title and
-    names -> place, which maps x, y to a pixel."""
+    """Axes in box = (left, top, right, bottom) over the ranges xs (logarithmic with `log`) and ys -> place, which maps
+    x, y to a pixel."""
     left, top, right, bottom = box
     scale = math.log10 if log else float
 
     def place(x, y):
         across = (scale(x) - scale(xs[0])) / (scale(xs[1]) - scale(xs[0]))
-        return left + (right - left) * across, bottom - (bottom - top) * (y - ys[0]) / (ys[1] - ys[0])
+        up = (min(max(y, ys[0]), ys[1]) - ys[0]) / (ys[1] - ys[0])
+        return left + (right - left) * across, bottom - (bottom - top) * up
 
     for x in ticks(*xs, log):
-        at = place(x, ys[0])
-        draw.line([at, (at[0], top)], "#E6E6E6", 2)
-        write(draw, (at[0], bottom + 12), f"{x:g}", anchor="mt")
+        draw.line([place(x, ys[0]), place(x, ys[1])], "#E6E6E6", 2)
+        write(draw, (place(x, 0)[0], bottom + 12), f"{x:g}", anchor="mt")
     for y in ticks(*ys):
-        at = place(xs[0], y)
-        draw.line([at, (right, at[1])], "#E6E6E6", 2)
-        write(draw, (left - 12, at[1]), f"{y:g}", anchor="rm")
+        draw.line([place(xs[0], y), place(xs[1], y)], "#E6E6E6", 2)
+        write(draw, (left - 12, place(xs[0], y)[1]), f"{y:g}", anchor="rm")
     draw.line([(left, top), (left, bottom), (right, bottom)], BLACK, 3)
-    write(draw, (left, top - 62), title, 34)
-    # above the axis and not along it: nobody likes to read sideways
-    write(draw, (left, top - 24), y_name, fill=GREY)
+    write(draw, (left, top - 62), title, 34, width=right - left)
+    write(draw, (left, top - 24), y_name, fill=GREY)  # above the axis: nobody likes to read sideways
     write(draw, (right, bottom + 50), x_name, fill=GREY, anchor="rt")
     return place
 
@@ -459,239 +450,197 @@ def dot(draw, at, radius, fill, outline=None):
     draw.ellipse([at[0] - radius, at[1] - radius, at[0] + radius, at[1] + radius], fill, outline, 3)
 
 
-def legend(draw, x, y, entries, width):
-    """A line for each (text, colour), from y down."""
-    for k, (text, color) in enumerate(entries):
-        draw.line([(x, y + 36 * k), (x + 44, y + 36 * k)], color, 7)
-        write(draw, (x + 60, y + 36 * k), text, width=width - 60)
-
-
 def validation_curves(runs, stage):
-    """[(text, [(epoch, %), …])] of a stage, mean over seeds: a curve a module, or a row if settings differ (its modules'
-    mean then)."""
-    def of_run(run):
-        points = {k[1:]: line["val_top1"] for k, line in run["log"].items() if k[0] == stage and "val_top1" in line}
-        return points or None  # {(module, epoch): %}
-
-    rows, curves = grouped(runs, stage, of_run), []
-    for made, name in names(rows).items():
-        modules = sorted({module for points in rows[made].values() for module, _ in points}, key=str)
-        for chosen in [[m] for m in modules] if len(rows) == 1 else [modules]:
-            values = {}
-            for points in rows[made].values():
-                for (module, epoch), value in points.items():
-                    if module in chosen:
-                        values.setdefault(epoch, []).append(value)
-            what = f"module {chosen[0]}" if len(rows) == 1 and chosen != [None] else stage + name
-            curves.append((what, sorted((epoch, statistics.mean(v)) for epoch, v in values.items())))
-    return curves
+    """[(name, [(epoch, %), …])] of a stage, mean over seeds: a curve a module, or where settings differ a curve a row,
+    then over all its modules."""
+    rows = grouped(runs, stage, lambda run: {
+        k[1:]: line["val_top1"] for k, line in run["log"].items() if k[0] == stage and "val_top1" in line} or None)
+    curves = {}  # name: {epoch: values}
+    for name, values in names(stage, rows):
+        for (module, epoch), value in ((k, v) for points in values for k, v in points.items()):
+            what = f"module {module}" if len(rows) == 1 and module is not None else name
+            curves.setdefault(what, {}).setdefault(epoch, []).append(value)
+    return [(name, sorted((epoch, statistics.mean(v)) for epoch, v in points.items())) for name, points in curves.items()]
 
 
 def draw_curves(runs):
-    """Validation accuracy against epochs, a panel a stage; both baselines share one."""
+    """Validation accuracy against epochs, a panel a stage; the two baselines share one."""
     panels = {}
     for stage in TRAINED:
-        if curves := validation_curves(runs, stage):
-            panels.setdefault(stage.removesuffix("_kd"), []).extend(curves)
+        panels.setdefault(stage.removesuffix("_kd"), []).extend(validation_curves(runs, stage))
+    panels = [(title, curves[:len(PALETTE)]) for title, curves in panels.items() if curves]
     if not panels:
         return None
-    shown = {panel: curves[:len(PALETTE)] for panel, curves in panels.items()}
-    rows = [list(shown)[k:k + 2] for k in range(0, len(shown), 2)]
-    heights = [560 + 36 * max(len(shown[panel]) for panel in row) for row in rows]
-    image, draw = paper(sum(heights) + 20)
-    top = 0
-    for row, height in zip(rows, heights):
-        for k, panel in enumerate(row):
-            left, curves = 110 + k * WIDTH // 2, shown[panel]
-            box = (left, top + 110, left + WIDTH // 2 - 150, top + 430)
-            title = {"incubate": "incubate (teacher's modules in the meta model)",
-                     "distill": "distill (student's modules in the meta model)"}.get(panel, panel)
-            place = axes(draw, box, (0, max(e for _, points in curves for e, _ in points) or 1), (0, 100), title, "epoch",
-                         "validation top-1 %")
-            for (_, points), color in zip(curves, PALETTE):
-                line = [place(epoch, min(value, 100)) for epoch, value in points]
-                draw.line(line, color, 5, joint="curve")
-                for at in line:
-                    dot(draw, at, 7, color)
-            more = len(panels[panel]) - len(curves)
-            entries = [(text, color) for (text, _), color in zip(curves, PALETTE)]
-            entries[-1] = (entries[-1][0] + (f" (and {more} more, not drawn)" if more else ""), entries[-1][1])
-            legend(draw, left, box[3] + 112, entries, box[2] - left)
-        top += height
+    heights = [540 + 36 * max(len(curves) for _, curves in panels[k:k + 2]) for k in range(0, len(panels), 2)]
+    image, draw = paper(sum(heights))
+    for k, (title, curves) in enumerate(panels):
+        left, top = 110 + k % 2 * WIDTH // 2, 110 + sum(heights[:k // 2])
+        right, last = left + WIDTH // 2 - 150, max(epoch for _, points in curves for epoch, _ in points)
+        place = axes(draw, (left, top, right, top + 320), (0, max(1, last)), (0, 100), title, "epoch", "validation top-1 %")
+        for n, ((name, points), color) in enumerate(zip(curves, PALETTE)):
+            draw.line([place(*point) for point in points], color, 5, joint="curve")
+            for point in points:
+                dot(draw, place(*point), 7, color)
+            y = top + 400 + 36 * n
+            draw.line([(left, y), (left + 44, y)], color, 7)
+            write(draw, (left + 60, y), name, width=right - left - 260)
     return image
 
 
 def draw_cost(runs):
-    """Test accuracy against the multiply-adds of all stages that went into a model, a point a row of the table."""
-    points = []  # role, settings, name, TMAC, accuracies
-    for role in STAGES:
-        rows = grouped(runs, role, lambda run: (total(run["cost"], sum(STAGES[role], []), 1), run["top1"][role]["test"])
+    """Test accuracy against the multiply-adds of all stages that went into a model: a point a row of the table."""
+    points, curves = [], []
+    for role, stages in STAGES.items():
+        rows = grouped(runs, role, lambda run: (spent(run["cost"], sum(stages, []), 1), run["top1"][role]["test"])
                        if "test" in run["top1"].get(role, ()) else None)
-        for made, name in names(rows).items():
-            costs, top1 = zip(*rows[made].values())
-            if statistics.mean(costs) > 0:
-                points.append((role, made, role + name, statistics.mean(costs), top1))
+        budgets = {}  # rows that differ only in how long was trained make one curve
+        for made, (name, values) in zip(rows, names(role, rows)):
+            macs, top1 = zip(*values)
+            if (x := statistics.mean(macs)) > 0:
+                points.append((x, statistics.mean(top1), top1, role, name))
+                family = [item for item in json.loads(made).items() if not item[0].endswith("epochs")]
+                budgets.setdefault(str(family), []).append((x, statistics.mean(top1)))
+        curves += [(COLORS[role], sorted(curve)) for curve in budgets.values()]
     if not points:
         return None
-    points.sort(key=lambda p: p[3])
+    points.sort()
     image, draw = paper(1010 + 44 * len(points))
-    lows, highs = zip(*((statistics.mean(t) - std(t), statistics.mean(t) + std(t)) for *_, t in points))
-    ys = (max(0, 10 * math.floor(min(lows) / 10)), min(100, 10 * math.ceil(max(highs) / 10 + 0.1)))
-    place = axes(draw, (120, 120, WIDTH - 60, 860), (points[0][3] / 1.3, points[-1][3] * 1.3), ys,
-                 "accuracy against cost", "10¹² multiply-adds, of the model's own stages and those before", "test top-1 %", True)
-    # Rows that differ only in how long was trained are one curve.
-    budgets = {}
-    for role, made, _, cost, top1 in points:
-        family = {k: v for k, v in json.loads(made).items() if not k.endswith("epochs")}
-        budgets.setdefault((role, json.dumps(family)), []).append(place(cost, statistics.mean(top1)))
-    for (role, _), line in budgets.items():
-        draw.line(line, COLORS[role], 4)
-    taken = [place(cost, statistics.mean(top1)) for *_, cost, top1 in points]
-    for k, (role, _, name, cost, top1) in enumerate(points):
-        mean, color, y = statistics.mean(top1), COLORS[role], 990 + 44 * k
-        at = place(cost, mean)
-        draw.line([place(cost, max(ys[0], mean - std(top1))), place(cost, min(ys[1], mean + std(top1)))], color, 4)
+    ys = [min(mean - std(top1) for _, mean, top1, *_ in points), max(mean + std(top1) for _, mean, top1, *_ in points)]
+    ys = max(0, 10 * math.floor(ys[0] / 10 - 0.5)), min(100, 10 * math.ceil(ys[1] / 10 + 0.2))
+    place = axes(draw, (120, 120, WIDTH - 60, 860), (points[0][0] / 1.3, points[-1][0] * 1.3), ys, "accuracy against cost",
+                 "10^12 multiply-adds (TMAC) of the model's own stages and all before", "test top-1 %", log=True)
+    for color, curve in curves:
+        draw.line([place(*point) for point in curve], color, 4)
+    taken = [place(x, y) for x, y, *_ in points]
+    for k, (x, mean, top1, role, name) in enumerate(points):
+        at, color, y = place(x, mean), COLORS[role], 990 + 44 * k
+        draw.line([place(x, mean - std(top1)), place(x, mean + std(top1))], color, 4)
         dot(draw, at, 12, color)
-        # the number goes where it is farthest from all that is drawn already
-        spots = [(at[0] + 38 * math.cos(a), at[1] + 38 * math.sin(a)) for a in (math.pi * n / 4 for n in (7, 1, 3, 5, 0, 4))]
-        spot = max(spots, key=lambda s: min(math.dist(s, t) for t in taken) // 8)
-        taken.append(spot)
-        write(draw, spot, f"{k + 1}", 28, color, "mm")
+        # The point's number goes where most room is. (Right above and below it is the whisker.)
+        spots = [(at[0] + 38 * math.cos(a), at[1] + 38 * math.sin(a)) for a in (math.pi * n / 4 for n in (7, 5, 1, 3, 0, 4))]
+        spots = [spot for spot in spots if 135 < spot[1] < 845]
+        taken.append(max(spots, key=lambda spot: min(math.dist(spot, t) for t in taken) // 8))
+        write(draw, taken[-1], str(k + 1), 28, color, "mm")
         dot(draw, (140, y), 12, color)
-        write(draw, (110, y), f"{k + 1}", 28, color, "rm")
-        write(draw, (170, y), name, width=1500)
-        write(draw, (1960, y), f"{mean_std(top1)} %", anchor="rm")
-        write(draw, (WIDTH - 60, y), f"{cost:.3g} TMAC", anchor="rm")
+        for edge, text, anchor in ((110, k + 1, "rm"), (170, name, "lm"), (1960, f"{mean_std(top1)} %", "rm"),
+                                   (WIDTH - 60, f"{x:.3g} TMAC", "rm")):
+            write(draw, (edge, y), str(text), anchor=anchor, width=1500)
     return image
 
 
-def std(values):
-    """Sample standard deviation; 0 of a single value."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def ring(nac, config):
-    """Order of the mediators around a circle, and a colour for each: a graph prior's groups, which are ranges of indices, or
-    else by direction in the plane in which the signatures vary most, so that neighbours talk to similar ones."""
-    s = F.normalize(nac.mediator_latents.signatures, dim=-1)
-    n, c = len(s), config["student"]
+def ring(nac, c):
+    """Order of the mediators around a circle, and how many groups it falls into. A graph prior's groups are ranges of
+    indices; else the order is by direction in the plane in which the signatures vary most, so that neighbours are alike."""
     if c["graph"] in ("planted_partition", "ring_of_cliques"):
-        return list(range(n)), [PALETTE[k * c["graph_groups"] // n % len(PALETTE)] for k in range(n)]
-    u, scales, _ = torch.linalg.svd(s - s.mean(0), full_matrices=False)
-    plane = F.pad(u * scales, (0, 2))[:, :2]
-    angle = torch.atan2(plane[:, 1], plane[:, 0])
-    sector = ((angle / (2 * math.pi) + 0.5) * 6).long() % 6
-    return angle.argsort().tolist(), [PALETTE[k] for k in sector.tolist()]
+        return list(range(c["latents"][1])), c["graph_groups"]
+    s = F.normalize(nac.mediator_latents.signatures, dim=-1)
+    u, scale, _ = torch.linalg.svd(s - s.mean(0), full_matrices=False)
+    x, y = F.pad(u * scale, (0, 2))[:, :2].T
+    return torch.atan2(y, x).argsort().tolist(), 6
 
 
 def links(nac):
-    """{(sender, receiver): K} of the pairs within the truncation; nodes are numbered inputs, mediators, outputs. K is the
-    propagators' mean. (The read-out has no truncation, but its far pairs would hide the near ones.)"""
+    """{(sender, receiver): K} of the pairs within the truncation, nodes numbered inputs, mediators, outputs; K is the mean
+    over propagators. (The read-out hears the far ones too, but drawn they would hide the near ones.)"""
     inputs, mediators, outputs = (x.signatures for x in (nac.input_latents, nac.mediator_latents, nac.output_latents))
-    senders, U, M = torch.cat([inputs, mediators]), len(inputs), len(mediators)
+    senders, U = torch.cat([inputs, mediators]), len(inputs)
     kernel = lambda s, part: models.log_kernel(models.distance(s, senders), part.attention.bandwidth).exp()
     K = torch.cat([torch.stack([kernel(mediators, p) for p in nac.propagators]).mean(0), kernel(outputs, nac.read_out)])
-    K = K.nan_to_num().clamp(0, 1).tolist()  # (M + outputs) × senders; δ_uu can round below 0
-    return {(v, U + u): K[u][v] for u in range(len(K)) for v in range(U + M) if K[u][v] > 0 and not U <= U + u <= v}
+    # among mediators K is symmetric: one line a pair, none to itself
+    return {(v, U + u): K[u, v].item() for u, v in K.nonzero().tolist() if v < U or v < U + u}
 
 
 @torch.no_grad()
 def draw_circuit(runs):
     """The first NAC's circuit before and after finetuning: who hears whom, the darker the better."""
-    for run in runs:
-        if pair := circuits(run):
-            break
-    else:
+    run, pair = next(((run, pair) for run in runs if (pair := circuits(run))), (None, None))
+    if not pair:
         return None
-    image, draw = paper(1340)
-    order, colors = ring(pair[1], run["config"])
-    counts = [len(x.codes) for x in (pair[1].input_latents, pair[1].mediator_latents, pair[1].output_latents)]
+    image, draw = paper(1290)
+    order, groups = ring(pair[1], run["config"]["student"])
+    U, M, O = run["config"]["student"]["latents"]
     both = [links(nac) for nac in pair]
     for k, (title, mine, others) in enumerate((("assembled", *both), ("finetuned", *both[::-1]))):
-        left, middle = k * WIDTH // 2, 660
-        column = lambda n: [middle + (i - (n - 1) / 2) * min(60, 940 / n) for i in range(n)]
-        at = [(left + 90, y) for y in column(counts[0])] + [None] * counts[1]
-        for place, mediator in enumerate(order):
-            a = 2 * math.pi * place / counts[1]
-            at[counts[0] + mediator] = (left + 575 - 400 * math.cos(a), middle - 400 * math.sin(a))
-        at += [(left + 1060, y) for y in column(counts[2])]
-        # weak ones first, so that the strong lie on top, and with them what finetuning changed
-        for (u, v), K in sorted(mine.items(), key=lambda item: ((item[0] not in others), item[1])):
-            new = RED if k else SKY
-            draw.line([at[u], at[v]], new if (u, v) not in others else (int(255 * (1 - K)),) * 3, 4)
-        shades = [GREY] * counts[0] + colors + [BLACK] * counts[2]
-        for place, color in zip(at, shades):
-            dot(draw, place, max(6, min(20, 900 // counts[1])), color, "white")
-        write(draw, (left + 575, 50), f"{title}: {linked_share(pair[k]):.0f} % of the mediators' pairs linked", 34, anchor="mm")
-        for x, text in zip((90, 575, 1060), ("inputs", "mediators", "outputs")):
-            write(draw, (left + x, 130), text, fill=GREY, anchor="mm")
-    for n in range(101):
-        draw.line([(120 + 3 * n, 1240), (120 + 3 * n, 1270)], (int(255 * (1 - n / 100)),) * 3, 4)
-    write(draw, (120, 1300), "0", anchor="lm")
-    write(draw, (420, 1300), "1", anchor="rm")
-    write(draw, (450, 1255), "K = exp(−δ/β)")
-    legend(draw, 760, 1240, [("link that finetuning cuts", SKY), ("link that finetuning makes", RED)], 600)
+        left, at, colors = k * WIDTH // 2, {}, {}
+        for n, x, first in ((U, 60, 0), (O, 1090, U + M)):
+            for i in range(n):
+                at[first + i] = (left + x, 650 + (i - (n - 1) / 2) * min(64, 1000 / n))
+        for i, mediator in enumerate(order):
+            a = 2 * math.pi * i / M
+            at[U + mediator] = (left + 575 - 380 * math.cos(a), 650 - 440 * math.sin(a))
+            colors[U + mediator] = PALETTE[i * groups // M % 6]
+        # what finetuning changes comes last and so lies on top, and of the others the strong
+        for (v, u), K in sorted(mine.items(), key=lambda item: (item[0] not in others, item[1])):
+            grey = "#" + 3 * f"{round(255 * (1 - min(1, max(0, K)))):02X}"
+            draw.line([at[v], at[u]], grey if (v, u) in others else (SKY, RED)[k], 3 if (v, u) in others else 6)
+        for node, place in at.items():
+            dot(draw, place, max(6, min(20, 900 // M)), colors.get(node, BLACK), "white")
+        write(draw, (left + 575, 40), f"{title}: {linked_share(pair[k]):.0f} % of mediator pairs linked", 34, anchor="mm")
+        for x, text, anchor in ((40, "inputs", "lm"), (575, "mediators", "mm"), (1110, "outputs", "rm")):
+            write(draw, (left + x, 110), text, fill=GREY, anchor=anchor)
+    for n in range(300):
+        draw.line([(120 + n, 1225), (120 + n, 1250)], (255 - 255 * n // 300,) * 3, 1)
+    write(draw, (105, 1237), "0", anchor="rm")
+    write(draw, (435, 1237), "1   kernel K", anchor="lm")
+    for x, text, color in ((820, "cut in finetuning", SKY), (1300, "made in finetuning", RED)):
+        draw.line([(x, 1237), (x + 60, 1237)], color, 8)
+        write(draw, (x + 80, 1237), text)
     return image
 
 
 def draw_experts(runs):
-    """Share of tokens by expert, a column a layer, a line of bars a row of settings. Experts are sorted by share in each seed
-    before the mean: their numbers mean nothing, and a mean over them would look balanced however lopsided each is."""
-    bars = []  # name, layers of shares
+    """Share of tokens by expert, a column a layer, a line of bars a row of settings. In each seed experts are sorted by
+    share before the mean: as their numbers mean nothing, a mean by number would look balanced however lopsided each seed is."""
+    bars = []  # stage, name, layers of shares
     for stage in ("student", "baseline", "baseline_kd"):
         def last_load(run):
-            lines = [line for (s, _, epoch), line in sorted(run["log"].items(), key=lambda item: item[0][2])
-                     if s == stage and line.get("expert_load")]
-            return [sorted(layer, reverse=True) for layer in lines[-1]["expert_load"]] if lines else None
+            logged = {epoch: line["expert_load"] for (s, _, epoch), line in run["log"].items() if s == stage}
+            return logged[max(logged)] or None if logged else None
 
-        rows = grouped(runs, stage, last_load)
-        for made, name in names(rows).items():
-            bars.append((stage, stage + name, [[statistics.mean(shares) for shares in zip(*layers)]
-                                               for layers in zip(*rows[made].values())]))
-    if not any(layers for *_, layers in bars):
+        for name, values in names(stage, grouped(runs, stage, last_load)):
+            layers = [[sorted(shares, reverse=True) for shares in seeds] for seeds in zip(*values)]
+            bars.append((stage, name, [[100 * statistics.mean(shares) for shares in zip(*seeds)] for seeds in layers]))
+    if not bars:
         return None
-    image, draw = paper(90 + 420 * len(bars))
-    write(draw, (110, 50), "experts' share of the last batch's tokens, by layer, the busiest first; dashed: an even share", 34)
-    most = max((share for *_, layers in bars for layer in layers for share in layer), default=0)
+    most = 1.05 * max([share for *_, layers in bars for shares in layers for share in shares] + [1])
+    image, draw = paper(80 + 400 * len(bars))
+    write(draw, (110, 45), "experts, the busiest first: share of tokens in training's last batch; dashed: all alike", 34)
     for k, (stage, name, layers) in enumerate(bars):
-        step = (WIDTH - 60) / max(1, len(layers))
+        step = (WIDTH - 60) / len(layers)
         for n, shares in enumerate(layers):
-            box = (110 + step * n, 220 + 420 * k, step * (n + 1), 410 + 420 * k)
-            place = axes(draw, box, (0.5, len(shares) + 0.5), (0, max(1, 100 * most)), "" if n else name, "", f"layer {n}: tokens %")
+            box, E = (110 + step * n, 210 + 400 * k, step * (n + 1), 400 + 400 * k), max(1, len(shares))
+            place = axes(draw, box, (0.5, E + 0.5), (0, most), "", "", f"layer {n + 1}, %")
             for e, share in enumerate(shares):
-                (a, b), (c, d) = place(e + 0.6, 100 * share), place(e + 1.4, 0)
-                draw.rectangle([a, b, c, d], COLORS[stage])
-            even = 100 / max(1, len(shares))
+                draw.rectangle([place(e + 0.6, share), place(e + 1.4, 0)], COLORS[stage])
             for x in range(40):
-                draw.line([place(0.5 + len(shares) * x / 40, even), place(0.5 + len(shares) * (x + 0.5) / 40, even)], BLACK, 3)
+                draw.line([place(0.5 + E * x / 40, 100 / E), place(0.5 + E * (x + 0.5) / 40, 100 / E)], BLACK, 3)
+        write(draw, (110, 148 + 400 * k), name, 34)
     return image
 
 
 @torch.no_grad()
 def draw_contact(runs):
     """Eight test images and their renditions, with what the first finished student takes them for."""
-    for run in runs:
-        if model := student_of(run, "student", "student.pt"):
-            break
-    else:
+    run, model = next(((run, m) for run in runs if (m := student_of(run, "student", "student.pt"))), (None, None))
+    if not model:
         return None
     config = models.on_target(run["config"], "student")
-    config = {**config, "data": {**config["data"], "workers": 0}}
+    few = min(config["data"]["test_images"], 480) if config["data"]["set"] in models.DRAWN else config["data"]["test_images"]
+    config = {**config, "data": {**config["data"], "workers": 0, "test_images": few}}
     try:
         test = data.load(config, "test")
     except models.UserError as e:
         return print(f"contact.png is left out: {e}")
     test = test.take([i * len(test) // 8 for i in range(min(8, len(test)))])
-    image, draw = paper(820)
-    for row, (what, images) in enumerate((("test", test), ("renditions", data.renditions(test)))):
-        write(draw, (20, 40 + 400 * row), f"{what}: what the student sees, and its answer", 34)
+    image, draw = paper(810)
+    for row, (title, images) in enumerate((("test images", test), ("renditions", data.renditions(test)))):
+        write(draw, (20, 40 + 400 * row), f"{title}, and what the student takes them for", 34)
         x, labels = next(iter(data.eval_batches(images, config, data.Setup(torch.device("cpu"), 0, 1))))
-        answers = model(x).argmax(-1).tolist()
-        seen = (x * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]) * 255  # B 3 H W
-        for k, (pixels, label, answer) in enumerate(zip(seen, labels.tolist(), answers)):
+        seen = (x * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]).clamp(0, 1)  # B 3 H W
+        for k, (pixels, label, answer) in enumerate(zip(seen, labels.tolist(), model(x).argmax(-1).tolist())):
             left, top, color = 20 + 285 * k, 80 + 400 * row, GREEN if answer == label else RED
-            tile = Image.fromarray(pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
             draw.rectangle([left, top, left + 265, top + 265], color)
+            tile = Image.fromarray((255 * pixels).round().byte().permute(1, 2, 0).numpy())
             image.paste(tile.resize((250, 250), Image.Resampling.NEAREST), (left + 8, top + 8))
             text = test.class_names[answer] + ("" if answer == label else f", not {test.class_names[label]}")
             write(draw, (left + 132, top + 292), text, 30, color, "mm", 275)
