@@ -1,4 +1,4 @@
-"""Promises of single options: student.start, distill.finetune_alpha, train.<stage>.validate, compile."""
+"""Promises of single options: student.start, distill.stitches, distill.finetune_alpha, train.<stage>.validate, compile."""
 
 from pathlib import Path
 
@@ -18,6 +18,16 @@ def test_a_student_is_finetuned_from_any_weights_in_place_of_assembled_modules(t
     assert torch.equal(weights(tmp_path / "more/student.pt"), weights(tmp_path / "run/baseline.pt"))
     text = run("finetune", path, *words, "student.start=none.pt", "force=true", expect=2)
     assert "none.pt" in text.splitlines()[-1] and "Traceback" not in text, text
+
+
+def test_assembly_calls_fresh_what_no_module_has_taught_and_folded_stitches_are_taught(tmp_path):
+    none = {stage: {**CONFIG["train"][stage], "epochs": 0} for stage in CONFIG["train"]}
+    path = write_config(tmp_path, "nac", train=none, distill={"alpha": 0, "stitches": "fold"})
+    run("finetune", path, "role=meta")
+    run("distill_module", path)
+    names = run("assemble", path).split("fresh tensors: ")[1].split()
+    assert names == ["input_latents.signatures,", "mediator_latents.signatures,", "output_latents.signatures"]
+    assert "stitches.1.weight" in torch.load(tmp_path / "run/student_assembled.pt", weights_only=True)["model"]
 
 
 @pytest.fixture(scope="module")
