@@ -638,7 +638,6 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
     linked = np.zeros((n, n), bool)
     # contiguous groups, of equal size where groups divides n
     group = np.arange(n) * groups // n
-    upper = np.triu(np.ones((n, n), bool), 1)
     if kind == "scale_free":
         # Preferential attachment: a node drawn from the list of all edges' ends is drawn in proportion to its degree.
         ends, targets = [], list(range(m))
@@ -651,19 +650,18 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
                 end = ends[rng.integers(len(ends))]
                 targets += [end] if end not in targets else []
     elif kind == "planted_partition":
-        linked = rng.random((n, n)) < np.where(group[:, None] == group, p_in, p_out)
+        # the upper triangle: one draw a pair
+        linked = np.triu(rng.random((n, n)) < np.where(group[:, None] == group, p_in, p_out), 1)
     elif kind == "ring_of_cliques":
         linked = group[:, None] == group
         first = np.searchsorted(group, np.arange(groups))
         # one edge to the next clique: from the first node of a clique to the second of the next
         linked[first, np.roll(first, -1) + 1] = True
     elif kind == "erdos_renyi":
-        linked = rng.random((n, n)) < p
+        linked = np.triu(rng.random((n, n)) < p, 1)
     else:
         raise UserError(f"student.graph={kind} is not a graph prior.")
-    # These two set a pair in either direction; of the random draws the upper triangle counts, one draw a pair.
-    linked = (linked | linked.T) & upper if kind in ("scale_free", "ring_of_cliques") else linked & upper
-    return linked | linked.T
+    return (linked | linked.T) & ~np.eye(n, dtype=bool)
 
 
 def fit_signatures(signatures, linked, steps=1000, margin=0.03):
@@ -700,9 +698,8 @@ def hinge_repulsion(nac, threshold=0.4):
     """Pushes apart all pairs of the NAC's signatures, of latents of all three kinds, that are closer than the threshold."""
     s = torch.cat([latents.signatures for latents in (nac.input_latents, nac.mediator_latents, nac.output_latents)])
     # −Σ δ over pairs u < v with δ < threshold: each pair counts once, and one that is far enough not at all
-    delta = distance(s, s).triu(1)
-    close = torch.ones_like(delta, dtype=torch.bool).triu(1) & (delta.detach() < threshold)
-    return -delta[close].sum()
+    delta = distance(s, s)
+    return -delta[(delta < threshold).triu(1)].sum()
 
 
 def match_rows(cost, capacity):
@@ -1139,7 +1136,7 @@ KEYS = {
     "distill.reduction": ("batchmean", one_of("batchmean", "mean")),  # of the soft loss; mean: the original's
     "distill.codes": ("own", one_of("own", "original", "fresh")),  # of a NAC's modules, see NACModule
     "distill.stitches": ("drop", one_of("drop", "keep", "fold")),  # what becomes of them in the assembled student
-    "distill.finetune_alpha": (0.0, number(0, 1)),  # α of the student's finetuning, whose teacher is the whole T; the paper: 0
+    "distill.finetune_alpha": (0.0, number(0, 1)),  # α of the student's finetuning, the whole T its teacher; paper: 0
 
     **{f"train.{stage}.{k}": v for stage in ("meta", "incubate", "teacher", "distill", "student")
        for k, v in STAGE_KEYS.items()},
@@ -1223,27 +1220,29 @@ def check_fit(c):
         if not truth:
             raise UserError(sentence)
 
+    def images_divide_by(stride, what, blocks):
+        for block in blocks:
+            size = c[f"{block}.image_size"] or c["data.image_size"]
+            require(size % stride == 0, f"{block}.image_size={size} is not a multiple of {what}.")
+
     L = len(c["meta.depths"])
+    vmoe = c["student.kind"] == "vmoe"
     require(not c["share"] or Path(c["share"]).is_dir(), f"share={c['share']} is not a run's folder.")
     for block in ("data", "target"):
         require(c[f"{block}.classes"] or c[f"{block}.set"] != "folder",
                 f"{block}.classes must be given for {block}.set=folder.")
-    vmoe = c["student.kind"] == "vmoe"
     for role in ("meta", "teacher") + ("student",) * vmoe:
-        depths, depth = c[f"{role}.depths"], c[f"{role}.depth"]
+        depths, depth, width, heads, patch, experts, top_k, moe_blocks = (
+            c[f"{role}.{key}"] for key in ("depths", "depth", "width", "heads", "patch", "experts", "top_k", "moe_blocks"))
+        blocks = sum(depths)
         require(len(depths) == L, f"{role}.depths={depths} has {len(depths)} modules, meta.depths has {L}.")
-        require(depth in (None, sum(depths)),
-                f"{role}.depths={depths} sums to {sum(depths)}, but the model has {depth} blocks ({role}.depth).")
-        require(c[f"{role}.width"] % c[f"{role}.heads"] == 0,
-                f"{role}.width={c[f'{role}.width']} does not divide into {role}.heads={c[f'{role}.heads']} heads.")
-        for block in ("data", "target")[:1 + (role == "student")]:
-            size = c[f"{block}.image_size"] or c["data.image_size"]
-            require(size % c[f"{role}.patch"] == 0,
-                    f"{block}.image_size={size} is not a multiple of {role}.patch={c[f'{role}.patch']}.")
-        require(c[f"{role}.experts"] == 0 or c[f"{role}.top_k"] <= c[f"{role}.experts"],
-                f"{role}.top_k={c[f'{role}.top_k']} is more than {role}.experts={c[f'{role}.experts']}.")
-        require(all(k < sum(depths) for k in c[f"{role}.moe_blocks"] or []),
-                f"{role}.moe_blocks={c[f'{role}.moe_blocks']} names a block that the model of {sum(depths)} has not.")
+        require(depth in (None, blocks),
+                f"{role}.depths={depths} sums to {blocks}, but the model has {depth} blocks ({role}.depth).")
+        require(width % heads == 0, f"{role}.width={width} does not divide into {role}.heads={heads} heads.")
+        images_divide_by(patch, f"{role}.patch={patch}", ("data", "target") if role == "student" else ("data",))
+        require(experts == 0 or top_k <= experts, f"{role}.top_k={top_k} is more than {role}.experts={experts}.")
+        require(all(k < blocks for k in moe_blocks or []),
+                f"{role}.moe_blocks={moe_blocks} names a block that the model of {blocks} has not.")
     require(c["teacher.width"] == c["meta.width"], f"teacher.width={c['teacher.width']} must be "
             f"meta.width={c['meta.width']}: a teacher's modules are incubated inside the meta model without stitches.")
     if vmoe:
@@ -1251,18 +1250,16 @@ def check_fit(c):
         require(c["distill.stitches"] != "fold", "distill.stitches=fold is for a NAC: a V-MoE's stitches have a "
                 "LayerNorm between two Linears and do not fold into one; use drop or keep.")
     else:
-        require(c["student.propagators"] + 2 == L, f"student.propagators={c['student.propagators']} makes "
-                f"{c['student.propagators'] + 2} modules with read-in and read-out, meta.depths has {L}.")
+        modules, mediators, stages = c["student.propagators"] + 2, c["student.latents"][1], c["student.tokenizer_stages"]
+        require(modules == L, f"student.propagators={c['student.propagators']} makes {modules} modules with read-in and "
+                f"read-out, meta.depths has {L}.")
         require(c["student.width"] % 4 == 0, f"student.width={c['student.width']} must be a multiple of 4.")
-        require(c["student.tokenizer_stages"] <= 3, "student.tokenizer_stages must be 2 or 3.")
-        stride = 2 ** (c["student.tokenizer_stages"] + 1)
-        for block in ("data", "target"):
-            size = c[f"{block}.image_size"] or c["data.image_size"]
-            require(size % stride == 0, f"{block}.image_size={size} is not a multiple of the tokenizer's stride of {stride}.")
-        for key in ("graph_groups", "sbm_groups"):
-            require(c[f"student.{key}"] * 2 <= c["student.latents"][1],
-                    f"student.{key}={c[f'student.{key}']} leaves groups of fewer than two mediators.")
-        require(c["student.graph_m"] < c["student.latents"][1],
+        require(stages <= 3, "student.tokenizer_stages must be 2 or 3.")
+        stride = 2 ** (stages + 1)
+        images_divide_by(stride, f"the tokenizer's stride of {stride}", ("data", "target"))
+        for key in ("student.graph_groups", "student.sbm_groups"):
+            require(c[key] * 2 <= mediators, f"{key}={c[key]} leaves groups of fewer than two mediators.")
+        require(c["student.graph_m"] < mediators,
                 f"student.graph_m={c['student.graph_m']} must be below the number of mediators.")
     ways, shots, few = c["few_shot.ways"], max(c["few_shot.shots"]), c["few_shot.set"]
     require(ways <= CLASSES.get(few, ways), f"few_shot.ways={ways} is more than the {CLASSES.get(few)} classes of {few}.")
@@ -1455,8 +1452,8 @@ def join_modules(model, folder):
         files[int(index) if str(index).isdecimal() else file.name] = unwrap(content, file)
     parts = getattr(model, "parts", ())
     if not parts or set(files) != set(range(len(parts))):
-        raise UserError(f"{folder} is a folder: it must hold one file for each of the modules 0 to {len(parts) - 1} of a ViT, "
-                        f"but it holds {sorted(map(str, files)) or 'none'}.")
+        raise UserError(f"{folder} is a folder: it must hold one file for each of the modules 0 to {len(parts) - 1} of a "
+                        f"ViT, but it holds {sorted(map(str, files)) or 'none'}.")
     first = 0  # number in the whole of the module's first block
     for i, part in enumerate(parts):
         for name, value in files[i].items():
@@ -1559,7 +1556,8 @@ def begin(config, process, name):
     for block in ("data", "target"):
         for other in config[block]["robustness"] or []:  # first used when all is trained, so look now
             if other != "renditions" and not os.path.isdir(other):
-                raise UserError(f"{block}.robustness has {other}, which is not a folder; {block}.robustness=[] goes without.")
+                raise UserError(f"{block}.robustness has {other}, which is not a folder; {block}.robustness=[] goes "
+                                "without.")
     if process.rank == 0:
         folder = Path(config["output_dir"])
         write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False))
@@ -1613,7 +1611,7 @@ def resume(config, process, name, content, parts):
 
 
 def check_like(content, example, what):
-    """Raises UserError, beginning with `what`, if a piece of the example is missing or of another type or shape in content."""
+    """Raises UserError, beginning with `what`, if a piece of the example is missing in content, or differs in type or shape."""
     if isinstance(content, dict) and isinstance(example, dict):
         for key in example:
             check_like(content.get(key), example[key], f"{what} {key}")
@@ -1701,7 +1699,7 @@ def autocast(config, device):
 
 
 def update(parts, lr, clip):
-    """One optimiser step of each part (module, optimiser, sums) at learning rate `lr`, its gradient's norm clipped (0: not)."""
+    """One optimiser step of each part (module, optimiser, sums) at rate `lr`, its gradient's norm clipped (0: not)."""
     for module, optimizer, _ in parts.values():
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1715,9 +1713,9 @@ def announce(process, stage, parts, images, c, steps, total_batch, step):
     """Prints what a stage is about to do."""
     sizes = [count(module) for module, *_ in parts.values()]
     what = f"{sizes[0]:,}" if stage in parts else f"modules {[*parts]} of {sizes}"
-    say(process, f"{stage}: {what} parameters, {images:,} images, {c['epochs']} epochs of {steps} steps of {total_batch} images, "
-        f"learning rate {c['lr'] * total_batch / 512:g}"
-        + (f", resumed at step {step}" if step else ""))
+    resumed = f", resumed at step {step}" if step else ""
+    say(process, f"{stage}: {what} parameters, {images:,} images, {c['epochs']} epochs of {steps} steps of {total_batch} "
+        f"images, learning rate {c['lr'] * total_batch / 512:g}{resumed}")
 
 
 def epoch_lines(parts, validated, stage, **common):
@@ -1818,7 +1816,8 @@ def run(main):
     except (UserError, OSError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "alloc" not in str(e):  # torch's words when memory does not suffice
             raise
-        print("error:", " ".join(str(e).split()), file=sys.stderr)  # on every process: the one bad image may be in this one's share
+        # on every process: the one bad image may be in this one's share
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -1826,44 +1825,41 @@ def run(main):
 # What a run will take, without running it
 
 
-def images_of(d):
-    """Training images of a data block, as far as they are known without looking; else 0."""
-    held_out = d["validation_images"] if d["set"] not in DRAWN else 0
-    return d["train_images"] or max(0, TRAIN_IMAGES.get(d["set"], 0) - held_out)
-
-
 def plan(config, stage):
-    """A stage's block of `train`, with the epochs of the stage, and the number of images it trains on (0: not known)."""
+    """A stage's block of `train`, with the stage's epochs, and the number of images that it trains on (0: not known)."""
     c = dict(config["train"]["student" if stage.startswith("baseline") else stage])
     if stage.startswith("baseline") and config["train"]["baseline_epochs"] is not None:
         c["epochs"] = config["train"]["baseline_epochs"]
-    images = images_of(on_target(config, stage)["data"])
+    d = on_target(config, stage)["data"]
+    # drawn sets draw their validation images besides, others hold them out
+    held_out = 0 if d["set"] in DRAWN else d["validation_images"]
+    images = d["train_images"] or max(0, TRAIN_IMAGES.get(d["set"], 0) - held_out)
     if c["images"]:
-        images = min(images or c["images"][1], c["images"][1]) - c["images"][0]
+        first, stop = c["images"]
+        images = min(images or stop, stop) - first
     return c, images
 
 
 def dry_run(config):
     """Builds every model of the config without weights, and prints the table of stages: what trains, how long, how fast,
-    and what it takes: GiB per process in float32, and multiply-adds in all."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    and what it takes."""
     if os.environ.get("RANK", "0") != "0":
         return
-    print(f"{'stage':8}{'parameters':>12}{'images':>11}{'epochs':>7}{'steps':>9}{'batch':>7}{'seen':>9}  {'learning rate':18}"
-          f"{'state':>6}{'activations':>12}{'TMAC':>11}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    print(f"{'stage':8}{'parameters':>12}{'images':>11}{'epochs':>7}{'steps':>9}{'batch':>7}{'seen':>9}  "
+          f"{'learning rate':18}{'state':>6}{'activations':>12}{'TMAC':>11}")
     for stage in ("meta", "incubate", "teacher", "distill", "student", "baseline"):
         c, images = plan(config, stage)
         batch = c["batch"] * world * c["accumulate"]
-        steps = images // batch * c["epochs"] if images else "?"
-        seen = f"{steps * batch / 1e6:.2f} M" if images else "?"
+        steps = images // batch * c["epochs"]
         low = c["min_lr"] * (batch / 512 if c["scale_min_lr"] else 1)
         parameters, state, activations, work = cost(config, stage)
-        print(f"{stage:8}{parameters:12,}{images or '?':>11,}{c['epochs']:7}{steps:>9}{batch:7}{seen:>9}  "
-              f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations / 2**30:12.2f}"
-              f"{f'{work / 1e12:,.3g}' if images else '?':>11}")
-    print("batch: of all processes and one step; seen: images in all, augmented copies too; GiB of a process in float32, state: "
-          "weights, gradients, AdamW's moments; activations: what the backward pass needs (bfloat16 with fused attention: half); "
-          "TMAC: 10^12 multiply-adds of the stage, forward and backward")
+        known = (f"{images:,}", steps, f"{steps * batch / 1e6:.2f} M", f"{work / 1e12:,.3g}") if images else "????"
+        print(f"{stage:8}{parameters:12,}{known[0]:>11}{c['epochs']:7}{known[1]:>9}{batch:7}{known[2]:>9}  "
+              f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations / 2**30:12.2f}{known[3]:>11}")
+    print("batch: of all processes and one step; seen: images in all, augmented copies too; GiB of a process in float32:\n"
+          "state: weights, gradients, AdamW's moments; activations: what the backward pass needs (bfloat16 with fused\n"
+          "attention: half); TMAC: 10^12 multiply-adds of the whole stage, forward and backward")
 
 
 def multiply_adds(config, stage):
@@ -1875,59 +1871,59 @@ def multiply_adds(config, stage):
 
 
 def cost(config, stage):
-    """What a stage takes, in one process: trainable parameters; bytes of weights, gradients and AdamW's moments; bytes that
+    """What a stage takes in one process: trainable parameters; bytes of weights, gradients and AdamW's moments; bytes that
     autograd keeps of a batch; multiply-adds of all steps (0: the number of images is not known).
 
-    All is built and run on the meta device, without weights. There a mixture cannot route tokens: a dense MLP that does the
-    same work stands in for it. Multiply-adds are those of matrix products and convolutions, as the loops run them; what is
-    small beside them is left out (routers, the graph regulariser, validation).
+    Multiply-adds are those of matrix products and convolutions, as the loops run them; what is small beside them is left
+    out (routers, the graph regulariser), and so is validation.
     """
     d, role = config["distill"], {"incubate": "teacher", "distill": "student"}.get(stage, stage)
     alone = stage == role  # a whole model, not modules in the meta model
     taught = {"distill": d["alpha"], "baseline_kd": d["alpha"], "student": d["finetune_alpha"]}.get(stage, 0) > 0
     c = on_target(config, role) if alone else config
+    # Without weights a mixture cannot route tokens: a dense MLP that does the same work stands in for it.
     dense = {**c, **{r: {**c[r], "experts": 0, "mlp_ratio": c[r]["mlp_ratio"] * c[r]["top_k"]}
                      for r in ("meta", "teacher", "student") if c[r]["experts"]}}
+
+    def one_step(images):
+        """-> multiply-adds of a step on so many images, and the bytes that each module's hybrid keeps for its backward."""
+        kept, formulas = [], {torch.ops.aten.convolution_backward: convolution_backward}
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            # What runs forward only: M, once for all modules, and the teacher.
+            with torch.no_grad():
+                x = torch.zeros(images, 3, c["data"]["image_size"], c["data"]["image_size"])
+                hidden = [x] if alone else meta.hidden_states(x)
+                for i, h in enumerate(hidden if taught else []):
+                    teacher(h) if alone else meta.rest(i + 1, teacher.parts[i](h))
+            # Through the rest of M gradients of states pass, but none of its weights is computed.
+            for i, (module, h) in enumerate(zip(stand_ins, hidden)):
+                storages = {}
+
+                def keep(tensor):
+                    storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+                    return tensor
+
+                with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                    out = module(h) if alone else meta.rest(i + 1, module(h))
+                out.sum().backward()
+                kept.append(sum(size for storage, size in storages.items() if storage not in weights))
+        return counter.get_total_flops() / 2, kept
+
     with torch.device("meta"):
         modules = [build(c, role)] if alone else cut(build(c, role), c, role)
         stand_ins = [build(dense, role)] if alone else cut(build(dense, role), dense, role)
         meta, teacher = (build(dense, r).requires_grad_(False) for r in ("meta", "teacher"))
         weights = {p.untyped_storage()._cdata for m in (*stand_ins, meta, teacher) for p in m.parameters()}
-
-        def measure(images):
-            """One step on so many images -> multiply-adds of all, and bytes that each module's hybrid keeps for its backward."""
-            size, kept = c["data"]["image_size"], []
-
-            def keep(tensor):
-                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-                return tensor
-
-            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward}) as f:
-                # what runs forward only: M once for all modules, and what teaches
-                with torch.no_grad():
-                    x = torch.zeros(images, 3, size, size)
-                    hidden = [x] if alone else meta.hidden_states(x)
-                    for i, h in enumerate(hidden if taught else []):
-                        teacher(h) if alone else meta.rest(i + 1, teacher.parts[i](h))
-                # through the frozen rest of M the gradient of the states passes, none of its weights is computed
-                for i, (module, h) in enumerate(zip(stand_ins, hidden)):
-                    storages = {}
-                    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                        out = module(h) if alone else meta.rest(i + 1, module(h))
-                    out.sum().backward()
-                    kept.append(sum(n for storage, n in storages.items() if storage not in weights))
-            return f.get_total_flops() / 2, kept
-
-        # of one image and of two: codes, kernels and the like do not grow with the batch
-        (work, kept), (work_two, kept_two) = measure(1), measure(2)
+        # Of one image and of two: what is computed from codes and signatures alone does not grow with the batch.
+        (work, kept), (work_two, kept_two) = one_step(1), one_step(2)
         parameters = sum(map(count, modules))
-        frozen = [build(c, r) for r, used in (("meta", not alone), ("teacher", taught)) if used]
-        state = 16 * parameters + 4 * sum(map(count, frozen))
+        frozen = sum(count(build(c, r)) for r, used in (("meta", not alone), ("teacher", taught)) if used)
 
     block, images = plan(config, stage)
-    more = block["batch"] - 1
-    steps = images // (block["batch"] * block["accumulate"]) * block["epochs"] * block["accumulate"]
-    return (parameters, state, max(a + more * (b - a) for a, b in zip(kept, kept_two)), steps * (work + more * (work_two - work)))
+    batch, accumulate = block["batch"], block["accumulate"]
+    batches = images // (batch * accumulate) * accumulate * block["epochs"]
+    activations = max(one + (batch - 1) * (two - one) for one, two in zip(kept, kept_two))
+    return parameters, 16 * parameters + 4 * frozen, activations, batches * (work + (batch - 1) * (work_two - work))
 
 
 def convolution_backward(out, x, weight, *rest, out_shape):
