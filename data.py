@@ -6,7 +6,7 @@
     for images, targets in data.train_batches(train, config, "student", epoch, process): ...
     for images, labels in data.eval_batches(data.load(config, "test"), config, process): ...
 
-What to read: for the method parts 1 to 3, a third of the file. The rest can be skipped until it is needed.
+What to read: for the method parts 1 to 3, some 370 lines. The rest can be skipped until it is needed.
 
     1 Processes and device       3 Batches                              5 Images as files: the paper's augmentation
     2 Image sets and splits      4 Few-shot episodes, for evaluate.py   6 Glyphs   7 Renditions   8 Sets on disk
@@ -89,6 +89,7 @@ def _mps_works():
 
 def parallel(module, config, process):
     """What a loop calls in place of the module: gradients are averaged over processes; compiled where the config says so."""
+    # In this order: torch.compile cuts its graph where DDP exchanges gradients, so that both go on side by side.
     if process.world > 1:
         module = DistributedDataParallel(module)
     return torch.compile(module) if config["compile"] else module
@@ -194,6 +195,8 @@ def load(config, split, stage=None):
             order = order[rest:] if split == "validation" else order[:rest][:count or None]
         if split == "validation" or stage is None:
             return pool.take(order)
+        # A range of what is shuffled already: stages whose ranges do not overlap share no image, and those whose ranges
+        # are equal see the same (few labelled images for one, many for another).
         settings = config["train"][stage]
         if settings["images"] is not None:
             first, stop = settings["images"]
@@ -277,12 +280,12 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
 
     Yields images float32 B 3 H W (normalised) and soft targets float32 B K on the device, `accumulate` a step.
     Micro-batch m of B·world images is positions [m·B·world, (m+1)·B·world) of the epoch's order; process r has the
-    r-th B of them. So two processes with half the batch see the images of one, augmented alike; only the partners
-    for mixup and cutmix come from the process's own batch, with a draw of its own, as in timm.
+    r-th B of them. So two processes with half the batch see the images of one, augmented alike.
     """
     options, settings = config["data"], config["train"][stage]
     seed, size, batch, accumulate = config["seed"], options["image_size"], settings["batch"], settings["accumulate"]
     steps = steps_per_epoch(len(imageset), batch, process.world, accumulate, stage)
+    # Every process draws the whole order, the same one: none has to be told its part.
     order = _rng(seed, stage, epoch).permutation(len(imageset))
     # Repeated augmentation (1901.09335): an epoch shows N / repeats images, each in several views, which keeps its
     # length. The copies stand side by side, so they share a batch; in DeiT they go to different processes.
@@ -308,15 +311,16 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
         labels = imageset.labels[order[positions[m - start]]].to(process.device)
         # Images that were erased are normalised already: the noise is in normalised units.
         images = normalise(images) if images.dtype == torch.uint8 else images
+        # Partners for mixup and cutmix are from the process's own batch, with a draw of its own, as in timm: with them two
+        # processes train a little differently from one.
         yield mix(images, labels, options["classes"], options["mixup"], options["cutmix"], options["smoothing"],
                   _rng(seed, stage, epoch, m, 2, process.rank))
 
 
 def _crop_and_flip(pool, indices, pad, flip, rng, total, own):
-    """Images `indices` of the pool, each moved by up to ±pad pixels (edges repeated) and flipped: uint8 B 3 H W.
-
-    The draws are made for all `total` images of the global batch; `own` picks this process's rows of them.
-    """
+    """Images `indices` of the pool, each moved by up to ±pad pixels (edges repeated) and flipped: uint8 B 3 H W."""
+    # Drawn for all `total` images of the global batch, of which this process has the rows `own`: an image moves alike
+    # whichever process it falls to.
     dy, dx = (rng.integers(-pad, pad + 1, total)[own] for _ in range(2))
     flipped = (rng.random(total) < flip)[own]
     height, width = pool.shape[-2:]
@@ -457,6 +461,7 @@ def _loader(dataset, workers, device):
     """The dataset's batches, in order, on the device; raises the UserError of an unreadable image."""
     # An item is a batch already, hence batch_size=None: a worker draws, stacks and sends once a batch. And a generator of
     # its own: the loader draws a number for its workers, which must not move torch's global state.
+    # Pinned memory and non_blocking: the next batch is copied to the GPU while it computes.
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator(),
                         worker_init_fn=_ignore_sigterm, pin_memory=device.type == "cuda")
     for images in loader:
@@ -527,6 +532,7 @@ def centre_crop(image, size):
     # Small images that have their size already stay as they are, pixel for pixel.
     if (image.width, image.height) == (size, size) == (short, short):
         return image
+    # At least `short`: rounding must not leave a side that is smaller than the crop.
     scale = short / min(image.size)
     width, height = (max(short, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -753,6 +759,7 @@ def _fashion_mnist(options, part):
     images = read_idx(os.path.join(root, f"{prefix}-images-idx3-ubyte.gz"), dimensions=3)
     path = os.path.join(root, f"{prefix}-labels-idx1-ubyte.gz")
     labels = read_idx(path, dimensions=1)
+    # MNIST and others have files of the same names; and a pair of files that do not belong together would train, badly.
     if len(labels) != len(images) or labels.max() >= len(FASHION) or images.shape[1:] != (28, 28):
         raise UserError(f"{path} holds {len(labels)} labels up to {labels.max()} for images of shape {images.shape}, "
                         "which is not Fashion-MNIST; download its four .gz files again")
@@ -906,6 +913,7 @@ def _cifar100(options, part):
     """CIFAR-100's binary version: records of coarse label, fine label, 3072 bytes (RGB planes of 32 x 32)."""
     root = _inside(_root(options), "cifar-100-binary", f"{part}.bin")
     path = os.path.join(root, f"{part}.bin")
+    # No header, so all that can be checked is the length and the fine labels, every 3074th byte from the second.
     raw = np.fromfile(path, np.uint8)
     if not len(raw) or len(raw) % 3074 or raw[1::3074].max() > 99:
         raise UserError(f"{path} ({len(raw)} bytes) is not whole CIFAR-100 records of 3074 bytes; download it again")
