@@ -16,6 +16,7 @@ that of several in `report` in the folder that holds them.
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def main():
         model = models.build(c, role)
         models.load_weights(model, path)
         model.to(process.device).eval()
+        # Robustness sets differ from the test set in their images alone: the same model, never trained on any of them.
         for name in ("test", *c["data"]["robustness"]):
             key = (name, json.dumps(c["data"]))
             images = sets[key] = sets[key] if key in sets else data.load(c, name)
@@ -63,6 +65,7 @@ def main():
             models.say(process, f"{role}, {name}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(images):,} images")
         if c["few_shot"]["set"]:
             few_shot(model, role, path, c, process)
+    # The other processes need not wait: nothing collective comes any more.
     if words.role == "all" and process.rank == 0:
         report([folder])
     data.close()
@@ -82,6 +85,7 @@ def find(config, role):
 @torch.no_grad()
 def score(model, images, config, process):
     """Top-1 and top-5 in % over an ImageSet; logits of classes that it has not are left out."""
+    # on the device until the end: to read a number after each batch would be to wait for the GPU
     hits = torch.zeros(2, device=process.device)
     absent = None
     if images.present is not None:
@@ -94,6 +98,7 @@ def score(model, images, config, process):
         # ImageNet-R has 200 of ImageNet's 1000 classes: an answer outside them would be wrong by construction
         if absent is not None:
             logits = logits.masked_fill(absent, -torch.inf)
+        # a set of fewer than five classes has its top-5 all the same: everything is right
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # B 5
         hits += torch.stack([best[:, 0].sum(), best.sum()])
     # Counts are summed, not the processes' means: their shares can differ by one image.
@@ -104,11 +109,13 @@ def few_shot(model, role, path, config, process):
     """Accuracy on classes the model has not seen: of each episode's images a few are labelled, and a linear classifier is
     trained on the frozen model's features of these alone. Keeps and prints mean ± 95 % interval over episodes."""
     f = config["few_shot"]
+    # as the model knows images (size, crop), but of another set; its number of classes is whatever it has
     options = {**config["data"], "set": f["set"], "root": f["root"], "classes": None, "test_images": f["images"]}
     images = data.load({**config, "data": options}, "test")
     # The model is frozen, so each image goes through it once and serves all episodes.
     features = features_of(model, images, config, process)
     for shots in f["shots"]:
+        # the same episodes for every role and run of a seed: models are compared on the same questions
         support, query = data.episodes(images.labels.numpy(), f["ways"], shots, 3 * shots, f["episodes"], config["seed"])
         hits = linear_probe(features[support], features[query], f["ways"])  # episodes queries 2
         accuracy = 100 * hits.float().mean(1)
@@ -164,6 +171,7 @@ def keep_result(folder, result):
     path = folder / "results.json"
     try:
         results = json.loads(path.read_text()) if path.exists() else []
+        # A second evaluation, say after more training, takes the place of the first.
         results = [r for r in results if (r["role"], r["set"]) != (result["role"], result["set"])] + [result]
     except (ValueError, TypeError, KeyError):
         raise models.UserError(f"{path} is not a list of results; remove it and evaluate again.") from None
@@ -188,7 +196,10 @@ def report(words):
     if len(out) != (at < len(words)):
         raise models.UserError("--out stands last and needs one folder: --report RUN … --out FOLDER.")
     counted = {}
-    runs = [run for run in (read_run(f, counted) for f in sorted({Path(f).resolve() for f in folders})) if run]
+    # as a reader would sort them: base6 before base20
+    natural = lambda folder: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(folder))]
+    runs = [read_run(folder, counted) for folder in sorted({Path(f).resolve() for f in folders}, key=natural)]
+    runs = [run for run in runs if run]
     if not runs:
         raise models.UserError(f"no results in {', '.join(map(str, folders)) or 'no folder'}: run evaluate.py first.")
     out = Path(out[0] if out else Path(os.path.commonpath([run["folder"] for run in runs]), "report"))
@@ -299,10 +310,12 @@ def names(stage, rows, most=3):
     differ = lambda a, b: [k for k in a if a[k] != b.get(k)]
     long = []
     for a in flat:
+        # A V-MoE and a NAC differ in dozens of keys, none of which tells more than the kind.
         family = [b for b in flat if all(a.get(k) == b.get(k) for k in HEAD)]
         plain = min(family, key=lambda b: sum(len(differ(b, c)) for c in family))
         keys = sorted(differ(a, plain), key=lambda k: not k.startswith(FIRST))
-        if a.get("distill.alpha") == 0:  # who has no teacher need not say how it would have been listened to
+        # Who has no teacher need not say how it would have been listened to.
+        if a.get("distill.alpha") == 0:
             keys = [k for k in keys if k not in ("distill.tau", "distill.kind", "distill.reduction")]
         head = [str(a[k]) for k in HEAD if any(k in differ(a, b) for b in flat)]
         text = [f"{k}={json.dumps(a[k])}".replace('"', "").removesuffix(".0") for k in keys]
@@ -410,7 +423,8 @@ def write(draw, xy, text, size=26, fill=BLACK, anchor="lm", width=WIDTH):
     font = ImageFont.load_default(size=size)  # Pillow's own: it has neither Greek letters nor superscripts
     while font.getlength(text) > width:
         text = text.rstrip("…")[:-1] + "…"
-    draw.text(xy, text, fill=fill, font=font, anchor=anchor)
+    # the white rim keeps it legible on lines
+    draw.text(xy, text, fill=fill, font=font, anchor=anchor, stroke_width=4, stroke_fill="white")
 
 
 def ticks(low, high, log=False):
@@ -441,7 +455,8 @@ def axes(draw, box, xs, ys, title, x_name, y_name, log=False):
         write(draw, (left - 12, place(xs[0], y)[1]), f"{y:g}", anchor="rm")
     draw.line([(left, top), (left, bottom), (right, bottom)], BLACK, 3)
     write(draw, (left, top - 62), title, 34, width=right - left)
-    write(draw, (left, top - 24), y_name, fill=GREY)  # above the axis: nobody likes to read sideways
+    # above the axis: nobody likes to read sideways
+    write(draw, (left, top - 24), y_name, fill=GREY)
     write(draw, (right, bottom + 50), x_name, fill=GREY, anchor="rt")
     return place
 
@@ -483,7 +498,7 @@ def draw_curves(runs):
                 dot(draw, place(*point), 7, color)
             y = top + 400 + 36 * n
             draw.line([(left, y), (left + 44, y)], color, 7)
-            write(draw, (left + 60, y), name, width=right - left - 260)
+            write(draw, (left + 60, y), name, width=right - left - (60 if n else 200))  # beside the first: "epoch"
     return image
 
 
@@ -512,10 +527,11 @@ def draw_cost(runs):
     for color, curve in curves:
         draw.line([place(*point) for point in curve], color, 4)
     taken = [place(x, y) for x, y, *_ in points]
+    for x, mean, top1, role, _ in points:
+        draw.line([place(x, mean - std(top1)), place(x, mean + std(top1))], COLORS[role], 4)
+        dot(draw, place(x, mean), 12, COLORS[role])
     for k, (x, mean, top1, role, name) in enumerate(points):
         at, color, y = place(x, mean), COLORS[role], 990 + 44 * k
-        draw.line([place(x, mean - std(top1)), place(x, mean + std(top1))], color, 4)
-        dot(draw, at, 12, color)
         # The point's number goes where most room is. (Right above and below it is the whisker.)
         spots = [(at[0] + 38 * math.cos(a), at[1] + 38 * math.sin(a)) for a in (math.pi * n / 4 for n in (7, 5, 1, 3, 0, 4))]
         spots = [spot for spot in spots if 135 < spot[1] < 845]
@@ -604,7 +620,7 @@ def draw_experts(runs):
         return None
     most = 1.05 * max([share for *_, layers in bars for shares in layers for share in shares] + [1])
     image, draw = paper(80 + 400 * len(bars))
-    write(draw, (110, 45), "experts, the busiest first: share of tokens in training's last batch; dashed: all alike", 34)
+    write(draw, (110, 45), "experts, the busiest first: share of tokens in training's last batch; dashed: even", 34)
     for k, (stage, name, layers) in enumerate(bars):
         step = (WIDTH - 60) / len(layers)
         for n, shares in enumerate(layers):
