@@ -606,7 +606,7 @@ def draw_circuit(runs):
 
 def draw_experts(runs):
     """Share of tokens by expert, a column a layer, a line of bars a row of settings. In each seed experts are sorted by
-    share before the mean: as their numbers mean nothing, a mean by number would look balanced however lopsided each seed is."""
+    share before the mean: their numbers mean nothing, so a mean by number would look even however lopsided each seed is."""
     bars = []  # stage, name, layers of shares
     for stage in ("student", "baseline", "baseline_kd"):
         def last_load(run):

@@ -1,4 +1,4 @@
-"""Promise: evaluate.py --report turns run folders into right tables and pictures, from small folders written here: no training."""
+"""Promise: evaluate.py --report turns run folders into right tables and pictures. No training: folders are written."""
 
 import json
 import math
@@ -33,15 +33,16 @@ def counted(monkeypatch):
 
 
 def run(folder, top1, stages, *overrides, load=None):
-    """Writes a run's folder: accuracies {role: {set: %}}, and for each stage so many epochs of 10 s, validated at 50, 60 … %.
-    -> its config"""
+    """Writes a run's folder: accuracies {role: {set: %}}, and for each stage so many epochs of 10 s, validated at
+    50, 60 … %. -> its config"""
     folder.mkdir(parents=True)
     (folder / "c.yaml").write_text(CONFIG)
     config = models.load_config(folder / "c.yaml", [f"output_dir={folder}", *overrides])
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     results = [{"role": role, "set": name, "top1": value} for role, sets in top1.items() for name, value in sets.items()]
     (folder / "results.json").write_text(json.dumps(results))
-    lines = [{"stage": stage, "epoch": epoch + 1, "seconds": 10, "val_top1": 50 + 10 * epoch, **({"expert_load": load} if load else {})}
+    more = {"expert_load": load} if load else {}
+    lines = [{"stage": stage, "epoch": epoch + 1, "seconds": 10, "val_top1": 50 + 10 * epoch, **more}
              for stage, epochs in stages.items() for epoch in range(epochs)]
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return config
@@ -73,15 +74,16 @@ def test_seeds_are_one_row_of_mean_and_sample_std_and_other_settings_another(tmp
     assert cells(lines, "student")[:3] == ["85.0 ± 5.6", "–", "3"]
     # without a teacher its temperature is not worth a word
     assert cells(lines, "student, distill.alpha=0")[:3] == ["70.0", "30.0", "1"]
-    assert (tmp_path / "report/report.md").read_text().splitlines() == [line for line in lines if line.startswith("|") or not line][1:-1]
+    written = (tmp_path / "report/report.md").read_text().splitlines()
+    assert written == [line for line in lines if line.startswith("|") or not line][1:-1]
 
 
 def test_a_row_is_named_after_what_differs_from_the_plain_row_whatever_the_folders_names(tmp_path, capsys):
     run(tmp_path / "1", {"student": {"test": 1.0}}, {}, "distill.codes=original", "distill.reduction=mean")
     run(tmp_path / "2", {"student": {"test": 2.0}}, {})
     run(tmp_path / "3", {"student": {"test": 3.0}}, {}, "distill.alpha=0.9")
-    run(tmp_path / "4", {"student": {"test": 4.0}}, {}, *(f"distill.{v}" for v in ("alpha=0.9", "tau=2", "kind=hard", "codes=fresh")),
-        "train.meta.lr=1")
+    run(tmp_path / "4", {"student": {"test": 4.0}}, {}, "distill.alpha=0.9", "distill.tau=2", "distill.kind=hard",
+        "distill.codes=fresh", "train.meta.lr=1")
     vmoe = ["student.kind=vmoe", "student.experts=2"]
     lines = report(capsys, *tmp_path.iterdir())
     assert cells(lines, "student")[0] == "2.0"
@@ -153,7 +155,8 @@ def test_modules_and_epochs_without_validation_make_curves(tmp_path):
              for e in (1, 2, 3) for m in (0, 1)]
     (tmp_path / "a/log.jsonl").write_text("\n".join(map(json.dumps, lines)))
     a = evaluate.read_run(tmp_path / "a", {})
-    assert evaluate.validation_curves([a], "incubate") == [("module 0", [(1, 10), (3, 30)]), ("module 1", [(1, 11), (3, 31)])]
+    curves = [("module 0", [(1, 10), (3, 30)]), ("module 1", [(1, 11), (3, 31)])]
+    assert evaluate.validation_curves([a], "incubate") == curves
     run(tmp_path / "b", {"meta": {"test": 1.0}}, {}, "seed=1")
     (tmp_path / "b/log.jsonl").write_text(json.dumps({**lines[0], "val_top1": 20}))
     b = evaluate.read_run(tmp_path / "b", {})
@@ -192,7 +195,8 @@ def test_a_circuit_is_drawn_and_its_links_are_counted(tmp_path, capsys):
         assert is_near(picture, (half + (575 - 380) // 2, 325), evaluate.PALETTE[0])
         assert is_near(picture, (half + (575 + 380) // 2, 325), evaluate.PALETTE[2])
     # link 0 – 8 is there before and cut in finetuning; neither is at its middle anything in the second half
-    assert is_near(picture, (575 // 2, 325), evaluate.SKY) and not is_near(picture, (evaluate.WIDTH // 4 + 575 // 2, 325), evaluate.SKY)
+    assert is_near(picture, (575 // 2, 325), evaluate.SKY)
+    assert not is_near(picture, (evaluate.WIDTH // 4 + 575 // 2, 325), evaluate.SKY)
 
 
 def test_the_contact_sheet_says_what_the_student_says(tmp_path, capsys):
@@ -224,7 +228,8 @@ def test_experts_are_sorted_before_the_mean_over_seeds(tmp_path, capsys):
     # axis 0 to 94.5 % over y 400 to 210, experts 1 and 2 at a quarter and three quarters of x 110 to 2240
     top = 400 - 190 * 90 / 94.5
     left, right = round(642 / 2), round(1707 / 2)
-    assert is_near(bars, (left, round(top / 2) + 4), evaluate.BLUE) and is_near(bars, (left, round(top / 2) - 2), "white", 60)
+    assert is_near(bars, (left, round(top / 2) + 4), evaluate.BLUE)
+    assert is_near(bars, (left, round(top / 2) - 2), "white", 60)
     assert is_near(bars, (right, 198), evaluate.BLUE) and is_near(bars, (right, 180), "white")
 
 
@@ -235,11 +240,13 @@ def test_a_run_without_logs_and_of_an_older_config_is_reported(tmp_path, capsys)
     (tmp_path / "old/config.yaml").write_text(yaml.safe_dump(config))
     run(tmp_path / "new", {"student": {"test": 60.0}}, {}, "seed=1")
     lines = report(capsys, tmp_path / "old", tmp_path / "new", tmp_path / "nowhere")
-    assert cells(lines, "student") == ["55.0 ± 7.1", "2", "0", "0", "0", "0"], "a key it lacks is at its default: the same row"
+    # a key it lacks is at its default: the same row
+    assert cells(lines, "student") == ["55.0 ± 7.1", "2", "0", "0", "0", "0"]
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.md"]
 
 
-BAD = [("results.json", '[{"role": "student", "set": "test"}]'), ("results.json", '[{"role": "pupil", "set": "test", "top1": 1}]'),
+BAD = [("results.json", '[{"role": "student", "set": "test"}]'),
+       ("results.json", '[{"role": "pupil", "set": "test", "top1": 1}]'),
        ("results.json", '[{"role": "student", "set": "test", "top1": NaN}]'), ("log.jsonl", '{"stage": "student"}'),
        ("log.jsonl", '{"stage": "student", "epoch": 1, "seconds": 1, "val_top1": "x"}'),
        ("log.jsonl", '{"stage": "student", "epoch": 1, "seconds": 1, "expert_load": 3}'),
