@@ -12,7 +12,8 @@ Plumbing of the stage scripts, to be skipped at first:
     Config · Reading and writing weights · A run's folder · What the training loops share · What a run will take
 
 Axis letters in shape comments:  B batch · N tokens · D width · E experts · T = B·N · H hidden · K classes
-    for the NAC also  U latents (receivers) · V senders or image tokens · C code · S signature · h heads · d head width
+    for the NAC also  U latents (receivers) · V senders or image tokens · X width of a token · C code · S signature
+                      h heads · d head width
 Papers: m2mKD 2402.16918, Deep Incubation 2212.04129, NAC 2210.08031, V-MoE 2106.05974, DeiT 2012.12877.
 """
 
@@ -160,7 +161,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with experts > 0 its MLP is a mixture of experts. B N D -> B N D."""
+    """Pre-norm transformer block; with `moe` its MLP is a mixture of experts. B N D -> B N D."""
 
     def __init__(self, width, heads, hidden, qkv_bias, eps, moe=None):
         super().__init__()
@@ -228,7 +229,8 @@ class ViT(nn.Module):
             for k in range(sum(depths)))
         self.norm = nn.LayerNorm(width, eps=eps)
         self.head = nn.Linear(width, classes)
-        self.stitches = nn.ModuleList()  # filled by keep_stitches(): what stands between module i and module i+1
+        # filled by build() where stitches are kept or folded: what stands between module i and module i+1
+        self.stitches = nn.ModuleList()
         self.apply(functools.partial(init_linear, std=init_std))
         # DeiT's .02 at any width
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -274,6 +276,11 @@ def init_linear(module, std):
 
 # ------------------------------------------------------------------------------------------------------------------
 # Neural Attentive Circuit
+#
+# A circuit is a set of latents. Each has a state (B D), which depends on the image, and two learnt vectors, which do not:
+# its code says what it computes (the same weights, modulated differently: ModFC), its signature who it talks to (near
+# signatures do, distant ones do not: log_kernel). Input latents read the image's tokens, then for some rounds mediators
+# listen to input latents and to one another, and last output latents listen to both and vote for a class.
 
 
 def jitter(codes, training):
@@ -452,7 +459,7 @@ class ReadIn(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Receivers attend to senders under the kernel. The NAC paper calls it SKMDPA.
+    """Receivers attend to senders under the kernel: the NAC paper's stochastic kernel modulated dot-product attention.
 
     q and exit are modulated by the receiver's code, k and v by the sender's. Without `sender_norm` one LayerNorm
     serves both sides. receivers B U D, senders B V D, log_kernel (B) U V or None -> B U D (no residual).
@@ -602,7 +609,8 @@ class NAC(nn.Module):
         self.propagators = nn.ModuleList(Propagator(**circuit) for _ in range(propagators))
         self.read_out = ReadOut(**circuit)
         self.pool = Pool(width, classes)
-        self.stitches = nn.ModuleList()  # filled by keep_stitches(): what stands between module i and module i+1
+        # filled by build() where stitches are kept or folded: what stands between module i and module i+1
+        self.stitches = nn.ModuleList()
 
     def forward(self, images):
         inputs, mediators, outputs = self.input_latents, self.mediator_latents, self.output_latents
@@ -765,29 +773,13 @@ def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
 
 def regularizer(model, config):
     """What training adds to the loss: a NAC's graph regulariser, the balance losses of mixtures; else 0."""
-    # the paper's choice: the block model for the planted partition, hinge repulsion for all other priors
     weight = config["student"]["regularizer"]
     if not isinstance(model, NAC) or not weight:
         return sum(m.aux for m in model.modules() if isinstance(m, MoE) and m.balance)
+    # the paper's choice: the block model for the planted partition, hinge repulsion for all other priors
     if config["student"]["graph"] == "planted_partition":
         return weight * block_model(model, config["student"]["sbm_groups"])
     return weight * hinge_repulsion(model)
-
-
-def expert_load(model):
-    """For the log: each mixture's share of tokens by expert, last training batch, one row a layer; {} without experts."""
-    load = [[round(share, 3) for share in m.load.tolist()] for m in model.modules() if isinstance(m, MoE)]
-    return {"expert_load": load} if load else {}
-
-
-def set_drop_path(model, rate):
-    """Stochastic depth: rises linearly from 0 to `rate` over a ViT's blocks, is constant over a NAC's propagators."""
-    blocks = model.blocks if isinstance(model, ViT) else model.propagators
-    for k, block in enumerate(blocks):
-        value = rate * k / max(1, len(blocks) - 1) if isinstance(model, ViT) else rate
-        for module in block.modules():
-            if isinstance(module, DropPath):
-                module.rate = value
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -940,20 +932,22 @@ def build(config, role):
     Images B×3×H×W -> logits B×classes. Same seed, same weights. Under `with torch.device("meta")` nothing is allocated.
     """
     c = config["student" if role.startswith("baseline") else role]
-    common = dict(image_size=config["data"]["image_size"], classes=config["data"]["classes"])
+
+    def options(*keys):
+        return {key: c[key] for key in keys}
+
+    common = dict(image_size=config["data"]["image_size"], classes=config["data"]["classes"],
+                  **options("width", "heads"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         if role in ("meta", "teacher") or c["kind"] == "vmoe":
-            moe = dict(experts=c["experts"], top_k=c["top_k"], balance=c["balance"], capacity=c["capacity"])
-            model = ViT(patch=c["patch"], width=c["width"], heads=c["heads"], depths=c["depths"],
-                        mlp_ratio=c["mlp_ratio"], qkv_bias=c["qkv_bias"], eps=c["eps"], init_std=c["init_std"],
-                        moe=moe if c["experts"] else None, moe_blocks=c["moe_blocks"], **common)
+            moe = options("experts", "top_k", "balance", "capacity") if c["experts"] else None
+            model = ViT(moe=moe, **common, **options("patch", "depths", "mlp_ratio", "qkv_bias", "eps", "init_std",
+                                                     "moe_blocks"))
         else:
-            model = NAC(width=c["width"], heads=c["heads"], head_width=c["head_width"], latents=c["latents"],
-                        propagators=c["propagators"], code_width=c["code_width"], signature_width=c["signature_width"],
-                        ffn_ratio=c["mlp_ratio"], tokenizer_stages=c["tokenizer_stages"],
-                        tokenizer_blocks=c["tokenizer_blocks"], grid_width=c["grid_width"], grid_size=c["grid_size"],
-                        **common)
+            model = NAC(ffn_ratio=c["mlp_ratio"], **common,
+                        **options("head_width", "latents", "propagators", "code_width", "signature_width",
+                                  "tokenizer_stages", "tokenizer_blocks", "grid_width", "grid_size"))
         # A student that keeps its stitches, or has them folded, is a larger model than its baseline.
         stitches = config["distill"]["stitches"] if role == "student" else "drop"
         for _ in range(modules_of(config) - 1 if stitches != "drop" else 0):
@@ -1454,7 +1448,8 @@ def join_modules(model, folder):
     if not parts or set(files) != set(range(len(parts))):
         raise UserError(f"{folder} is a folder: it must hold one file for each of the modules 0 to {len(parts) - 1} of a "
                         f"ViT, but it holds {sorted(map(str, files)) or 'none'}.")
-    first = 0  # number in the whole of the module's first block
+    # the number in the whole of a module's first block
+    first = 0
     for i, part in enumerate(parts):
         for name, value in files[i].items():
             state[re.sub(r"^blocks\.(\d+)", lambda k: f"blocks.{first + int(k[1])}", name)] = value
@@ -1611,7 +1606,7 @@ def resume(config, process, name, content, parts):
 
 
 def check_like(content, example, what):
-    """Raises UserError, beginning with `what`, if a piece of the example is missing in content, or differs in type or shape."""
+    """Raises UserError, beginning with `what`, where content lacks a piece of the example or has another type or shape."""
     if isinstance(content, dict) and isinstance(example, dict):
         for key in example:
             check_like(content.get(key), example[key], f"{what} {key}")
@@ -1665,6 +1660,22 @@ def add_log(config, process, lines):
 
 # ------------------------------------------------------------------------------------------------------------------
 # What the training loops share
+
+
+def expert_load(model):
+    """For the log: each mixture's share of tokens by expert, last training batch, one row a layer; {} without experts."""
+    load = [[round(share, 3) for share in m.load.tolist()] for m in model.modules() if isinstance(m, MoE)]
+    return {"expert_load": load} if load else {}
+
+
+def set_drop_path(model, rate):
+    """Stochastic depth: rises linearly from 0 to `rate` over a ViT's blocks, is constant over a NAC's propagators."""
+    blocks = model.blocks if isinstance(model, ViT) else model.propagators
+    for k, block in enumerate(blocks):
+        value = rate * k / max(1, len(blocks) - 1) if isinstance(model, ViT) else rate
+        for module in block.modules():
+            if isinstance(module, DropPath):
+                module.rate = value
 
 
 def optimizer(module, c):
@@ -1785,21 +1796,17 @@ def command_line(doc, roles, more=()):
                         f"role={'|'.join(roles)}, module=i, force=true")
     words = parser.parse_intermixed_args()
     rest = []
-    words.role, words.module, words.force, words.checkpoint = roles[0], None, False, None
+    words.role, words.module, words.force, words.checkpoint = roles[0], None, "false", None
+    choices = {"role": roles, "force": ("true", "false")}
     for item in words.overrides:
         key, _, value = item.partition("=")
-        if key == "role":
-            if value not in roles:
-                raise UserError(f"role={value} is not allowed: it must be one of {', '.join(roles)}.")
-            words.role = value
-        elif key == "force":
-            if value not in ("true", "false"):
-                raise UserError(f"force={value} is not allowed: it must be true or false.")
-            words.force = value == "true"
-        elif key in more:
+        if key in choices and value not in choices[key]:
+            raise UserError(f"{key}={value} is not allowed: it must be one of {', '.join(choices[key])}.")
+        if key in choices or key in more:
             setattr(words, key, value)
         else:
             rest.append(item)
+    words.force = words.force == "true"
     config = load_config(words.config, rest)
     if words.module is not None:
         L = modules_of(config)
