@@ -204,6 +204,8 @@ def load(config, split, stage=None):
                 raise UserError(f"train.{stage}.images [{first}, {stop}] is not a range within the {len(order)} "
                                 "training images; choose 0 <= first < stop <= that number")
             order = order[first:stop]
+        # Several passes are so many copies, which an epoch shuffles together.
+        order = np.tile(order, settings["passes"])
         images = pool.take(order)
         if settings["wrong_labels"]:
             images.labels = _wrong_labels(pool, settings["wrong_labels"], seed)[order]

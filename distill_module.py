@@ -161,9 +161,8 @@ def main():
             data.sum_over_processes(sums)
         lines = []
         if step % steps == 0:
-            trained, validated = time.time() - began, None
-            if (epoch + 1) % c["validate"] == 0 or epoch + 1 == c["epochs"]:
-                validated = accuracy(meta, students, validation, config, process)
+            trained = time.time() - began
+            validated = accuracy(meta, students, validation, config, process)
             lines = models.epoch_lines(parts, validated, stage, epoch=epoch + 1, step=step, lr=lr,
                                        images_per_second=(steps - first) * total_batch / trained,
                                        seconds=(time.time() - began) / len(parts))

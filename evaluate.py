@@ -223,11 +223,11 @@ def read_run(folder, counted):
         for r in json.loads((folder / "results.json").read_text()):
             top1.setdefault(r["role"], {})[r["set"]] = number(r["top1"])
         # A stage that was taken from the shared run is in that one's log. It is the same only if its settings are.
-        own, shared = {stage for stage, *_ in log}, Path(config["share"] or folder)
-        theirs = full_config(shared) if (shared / "config.yaml").exists() else config
-        for key, line in read_log(shared).items():
-            if key[0] not in own and models.settings(config, key[0]) == models.settings(theirs, key[0]):
-                log[key] = line
+        for shared in map(Path, models.folders(config)[1:]):
+            own, theirs = {stage for stage, *_ in log}, full_config(shared) if (shared / "config.yaml").exists() else config
+            for key, line in read_log(shared).items():
+                if key[0] not in own and models.settings(config, key[0]) == models.settings(theirs, key[0]):
+                    log[key] = line
         cost = {stage: (sum(line["seconds"] for key, line in log.items() if key[0] == stage), tmac(config, stage, counted))
                 for stage in {stage for stage, *_ in log}}
         for role in [*top1, *cost]:
@@ -377,10 +377,9 @@ def std(values):
 def student_of(run, stage, name):
     """The run's student with the weights of a stage's file, the run's own or, made with the same settings, that of the run
     it shares; None if there is none."""
-    for folder in (run["folder"], run["config"]["share"]):
-        path = Path(folder or "", name)
-        if folder and path.exists() and (folder == run["folder"] or not models.difference(
-                models.read(path), run["config"], stage)):
+    for folder in (run["folder"], *models.folders(run["config"])[1:]):
+        path = Path(folder, name)
+        if path.exists() and (folder == run["folder"] or not models.difference(models.read(path), run["config"], stage)):
             model = models.build(models.on_target(run["config"], "student"), "student")
             models.load_weights(model, path)
             return model.eval()

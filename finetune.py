@@ -133,9 +133,8 @@ def main():
             data.sum_over_processes(sums)
         lines = []
         if step % steps == 0:
-            trained, validated = time.time() - began, None
-            if (epoch + 1) % c["validate"] == 0 or epoch + 1 == c["epochs"]:
-                validated = {role: accuracy(model, validation, target, process)}
+            trained = time.time() - began
+            validated = {role: accuracy(model, validation, target, process)}
             lines = models.epoch_lines(parts, validated, stage, epoch=epoch + 1, step=step, lr=lr,
                                        images_per_second=(steps - first) * total_batch / trained,
                                        seconds=(time.time() - began) / len(parts))

@@ -1076,13 +1076,15 @@ STAGE_KEYS = {
     "clip": (0.0, number()),  # gradient norm; 0: none
     "images": (None, or_null(numbers(whole(), 2))),  # [first, stop) of the shuffled training images; null: all
     "wrong_labels": (0.0, number(0, 1)),  # this share of the images gets a random wrong label, the same one in every stage
-    "validate": (1, whole(1)),  # epochs from one validation to the next; the last epoch always ends in one
+    "passes": (1, whole(1, 10**6)),  # how often an epoch goes over its images: a few images would make many short epochs
 }
 
 KEYS = {
     "seed": (0, whole()),  # everything random is a function of it
     "output_dir": (None, or_null(TEXT)),  # null: runs/<name of the config>
-    "share": (None, or_null(TEXT)),  # another run's folder; what it finished with the same settings is not trained again
+    # folders of other runs: what they have finished with the same settings is not trained again
+    "share": (None, (lambda v: v is None or TEXT[0](v) or type(v) is list and all(map(TEXT[0], v)),
+                     "a run's folder, a list of such folders, or null")),
     "device": ("auto", one_of("auto", "cpu", "cuda", "mps")),
     "precision": ("auto", one_of("auto", "float32", "bfloat16")),  # auto: bfloat16 autocast on CUDA, float32 elsewhere
 
@@ -1221,7 +1223,8 @@ def check_fit(c):
 
     L = len(c["meta.depths"])
     vmoe = c["student.kind"] == "vmoe"
-    require(not c["share"] or Path(c["share"]).is_dir(), f"share={c['share']} is not a run's folder.")
+    for folder in folders(c)[1:]:
+        require(Path(folder).is_dir(), f"share={folder} is not a run's folder.")
     for block in ("data", "target"):
         require(c[f"{block}.classes"] or c[f"{block}.set"] != "folder",
                 f"{block}.classes must be given for {block}.set=folder.")
@@ -1488,17 +1491,17 @@ MADE_FROM["assemble_student"] = MADE_FROM["distill"] + ["target"]
 MADE_FROM["student"] = MADE_FROM["assemble_student"] + ["train.student"]
 MADE_FROM["baseline"] = ["seed", "precision", "data", "target", "student", "train.student", "train.baseline_epochs"]
 MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
-# what does not change a result; and what matters only once the student is whole
+# what changes no result; and what does not matter yet where modules are distilled, or where they are assembled
 IDLE = tuple(f"{block}.{k}" for block in ("data", "target") for k in ("root", "workers", "test_images", "robustness"))
-WHOLE_STUDENT = ("student.start", "student.graph", "student.sbm", "student.regularizer", "distill.stitches",
-                 "distill.finetune_alpha")
+LATER = {"assemble_student": ("student.start", "student.regularizer", "student.sbm", "distill.finetune_alpha")}
+LATER["distill"] = (*LATER["assemble_student"], "student.graph", "distill.stitches")
 
 
 def settings(config, stage):
     """The part of a config that a stage's result depends on, as JSON: kept in its checkpoints, compared later."""
     def counts(key):
         return (any(key == k or key.startswith(k + ".") for k in MADE_FROM[stage]) and not key.startswith(IDLE)
-                and not (stage == "distill" and key.startswith(WHOLE_STUDENT)))
+                and not key.startswith(LATER.get(stage, ())))
 
     return json.dumps({k: v for k, v in flatten(config).items() if counts(k)})
 
@@ -1511,10 +1514,18 @@ def difference(content, config, stage):
         old = None
     if not isinstance(old, dict):
         return "settings that it does not tell"
+    # A key that a file does not know yet had no other value than its default when the file was made.
+    old = {**{key: KEYS[key][0] for key in new}, **old}
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
             return f"{key}={json.dumps(old.get(key))} instead of {json.dumps(new.get(key))}"
     return None
+
+
+def folders(config):
+    """The run's own folder, then those of the runs that it shares."""
+    share = config["share"] or []
+    return [config["output_dir"], *([share] if isinstance(share, str) else share)]
 
 
 def finished(config, stage, name, force=False):
@@ -1522,9 +1533,9 @@ def finished(config, stage, name, force=False):
 
     A file that was made with other settings is never taken for the stage's result: in the run's folder it is refused.
     """
-    for folder in (config["output_dir"], config["share"]):
-        path = Path(folder or "", name)
-        if folder and path.exists() and not force:
+    for folder in folders(config):
+        path = Path(folder, name)
+        if path.exists() and not force:
             other = difference(read(path), config, stage)
             if not other:
                 return path
@@ -1736,7 +1747,7 @@ def epoch_lines(parts, validated, stage, **common):
     for i, (module, _, sums) in parts.items():
         loss, correct, images = sums.sum(0).tolist()
         lines.append({"stage": stage, **({"module": i} if i != stage else {}), **common, "loss": loss / images,
-                      "top1": 100 * correct / images, **({"val_top1": validated[i]} if validated else {}),
+                      "top1": 100 * correct / images, "val_top1": validated[i],
                       **expert_load(module)})
         sums.zero_()
     return lines
@@ -1844,7 +1855,7 @@ def plan(config, stage):
     if c["images"]:
         first, stop = c["images"]
         images = min(images or stop, stop) - first
-    return c, images
+    return c, images * c["passes"]
 
 
 def dry_run(config):

@@ -514,12 +514,12 @@ def mutate(text, rng):
 @pytest.mark.parametrize("count", COUNTS)
 def test_no_mutation_of_configs_or_overrides_gives_a_traceback(here, capsys, monkeypatch, count):
     """--dry-run reads, checks and builds every model, on no memory; every tenth time it runs them too."""
-    rng, good, memory = random.Random(1), 0, models.memory
+    rng, good, cost = random.Random(1), 0, models.cost
 
-    def built(config, stage, batch):
+    def built(config, stage):
         role = {"incubate": "teacher", "distill": "student"}.get(stage, stage)
         with torch.device("meta"):
-            return models.count(models.build(models.on_target(config, role), role)), 0, 0
+            return models.count(models.build(models.on_target(config, role), role)), 0, 0, 0
 
     texts = [CONFIG] + [path.read_text() for path in sorted((ROOT / "configs").glob("*.yaml"))]
     for k in range(count):
@@ -531,7 +531,7 @@ def test_no_mutation_of_configs_or_overrides_gives_a_traceback(here, capsys, mon
             words = [f"{rng.choice(list(models.KEYS))}={rng.choice(VALUES)}" for _ in range(rng.randint(1, 2))]
             words = [mutate(w, rng) if rng.random() < 0.3 else w for w in words]
         words = [w for w in words if not w.startswith("-")]
-        monkeypatch.setattr(models, "memory", built if k % 10 else memory)
+        monkeypatch.setattr(models, "cost", built if k % 10 else cost)
         try:
             code = command("finetune", "--config", "c.yaml", "--dry-run", *words)
         except Exception as e:

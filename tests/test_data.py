@@ -22,7 +22,7 @@ def make_config(**options):
                     test_images=48, robustness=[], pad=0, resized_crop=None, flip=0.0, randaugment=0.0, erasing=0.0,
                     mixup=0.0, cutmix=0.0, smoothing=0.0, repeats=1, workers=0)
     return {"seed": 3, "data": {**defaults, **options},
-            "train": {stage: {"batch": 8, "accumulate": 2, "images": None, "wrong_labels": 0.0}
+            "train": {stage: {"batch": 8, "accumulate": 2, "images": None, "passes": 1, "wrong_labels": 0.0}
                       for stage in ("meta", "student")}}
 
 

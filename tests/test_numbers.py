@@ -32,7 +32,8 @@ def test_a_gradient_that_overflows_is_never_saved(here, capsys, monkeypatch, val
     if script == "distill_module":
         assert command("finetune", "--config", "c.yaml", "role=meta") == 0
 
-    def overflow(module, optimizer, lr, clip):
+    def overflow(parts, lr, clip):
+        module, *_ = next(iter(parts.values()))
         grads = [p.grad for p in module.parameters() if p.grad is not None]
         grads[0].view(-1)[0] = value
     poison(monkeypatch, "update", overflow)

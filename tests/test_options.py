@@ -1,10 +1,12 @@
-"""Promises of single options: student.start, distill.stitches, distill.finetune_alpha, train.<stage>.validate, compile."""
+"""Promises of single options: student.start, distill.stitches, distill.finetune_alpha, train.<stage>.passes, compile."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+import data
+import models
 from test_runs import CONFIG, log, run, shell, weights, write_config
 
 PLAIN = {**CONFIG["data"], "mixup": 0, "cutmix": 0}
@@ -76,22 +78,14 @@ def test_only_a_finetuning_with_a_teacher_needs_the_teachers_weights(distilled, 
         (tmp_path / "teacher.pt").rename(teacher)
 
 
-@pytest.mark.parametrize("script, stage", [("finetune", "meta"), ("distill_module", "incubate")])
-def test_a_validation_every_second_epoch_and_after_the_last_leaves_the_training_alone(distilled, tmp_path, script, stage):
-    role = "meta" if stage == "meta" else "teacher"
-    results, lines = {}, {}
-    for validate in (1, 2):
-        folder = tmp_path / str(validate)
-        run(script, distilled, f"role={role}", f"share={distilled.parent / 'run'}", f"output_dir={folder}",
-            f"train.{stage}.epochs=3", f"train.{stage}.validate={validate}")
-        results[validate] = [weights(file) for file in sorted(folder.rglob("[m012]*.pt")) if "unfinished" not in file.name]
-        lines[validate] = log(folder)
-    assert [line["epoch"] for line in lines[2] if "val_top1" in line] == [2, 3] * (1 if role == "meta" else 3)
-    assert all("val_top1" in line for line in lines[1])
-    assert len(results[1]) == len(results[2]) == (1 if role == "meta" else 3)
-    assert all(torch.equal(a, b) for a, b in zip(*results.values()))
-    without = [[{k: v for k, v in line.items() if k != "val_top1"} for line in some] for some in lines.values()]
-    assert without[0] == without[1]
+def test_an_epoch_of_three_passes_sees_each_image_of_its_range_three_times(tmp_path):
+    config = models.load_config(write_config(tmp_path), ["train.meta.images=[5, 25]", "train.meta.passes=3", "train.meta.batch=6",
+                                                         "train.meta.accumulate=1", "data.pad=0", "data.mixup=0", "data.cutmix=0"])
+    train, every = data.load(config, "train", "meta"), data.load(config, "train")
+    assert len(train) == 60 and torch.equal(train.labels, every.labels[5:25].repeat(3))
+    seen = torch.cat([x for x, _ in data.train_batches(train, config, "meta", 0, data.setup("cpu"))])
+    _, counts = seen.flatten(1).unique(dim=0, return_counts=True)
+    assert counts.tolist() == [3] * 20
 
 
 @pytest.mark.slow
