@@ -255,14 +255,14 @@ def tmac(config, stage, counted):
 
 
 def full_config(folder):
-    """A run's config; keys that an older version did not have yet are at their defaults."""
+    """A run's config; keys that its version did not have yet are at their defaults, those that are no longer left out."""
     defaults = {key: default for key, (default, _) in models.KEYS.items()}
     given = models.flatten(yaml.safe_load((folder / "config.yaml").read_text()))
     for key, (_, (allowed, words)) in models.KEYS.items():
         if key in given and not allowed(given[key]):
             raise ValueError(f"{key}={given[key]!r} is not {words}")
     number(given["data.classes"])  # never left open in a resolved config
-    return models.unflatten({**{k: v for k, v in given.items() if k not in defaults}, **defaults, **given})
+    return models.unflatten({**defaults, **{key: value for key, value in given.items() if key in defaults}})
 
 
 def read_log(folder):
@@ -286,6 +286,10 @@ def row(config, stage):
     """The settings that a stage depends on but for the seed, as JSON, and the seed: runs of the same settings make a row."""
     made = json.loads(models.settings(config, stage))
     seed = int(made.pop("seed"))
+    # Weights from elsewhere are mostly of the same seed: runs/teacher-s3/meta.pt and runs/teacher-s4/meta.pt are one setting.
+    for key in ("meta.checkpoint", "teacher.checkpoint", "student.start"):
+        if made.get(key):
+            made[key] = re.sub(rf"(?<!\d){seed}(?!\d)", "*", made[key])
     return json.dumps(made), seed
 
 
@@ -325,9 +329,12 @@ def names(stage, rows, most=3):
         yield (name if short.count(name) == 1 else ", ".join(n)), list(values.values())
 
 
-def spent(cost, stages, unit):
-    """Seconds (unit 0) or TMAC (unit 1) that a run spent on stages."""
-    return sum(cost[stage][unit] for stage in stages if stage in cost)
+def spent(run, role, unit):
+    """(own, before): seconds (unit 0) or TMAC (unit 1) of the stages that are a role's own, and of those it builds on."""
+    own, before = STAGES[role]
+    if role == "student" and not run["config"]["distill"]["alpha"]:
+        before = ["meta"]  # without distillation nobody listens to the teacher
+    return [sum(run["cost"][stage][unit] for stage in stages if stage in run["cost"]) for stages in (own, before)]
 
 
 def results_table(runs):
@@ -336,11 +343,12 @@ def results_table(runs):
     lines = ["| model | " + " | ".join(f"{name} top-1 %" for name in sets)
              + " | seeds | own s | s before | own TMAC | TMAC before |", "|---|" + "---|" * (len(sets) + 5)]
     for role in ROLES[:-1]:
-        rows = grouped(runs, role, lambda run: (run["top1"][role], run["cost"]) if role in run["top1"] else None)
+        rows = grouped(runs, role, lambda run: (run["top1"][role], *spent(run, role, 0), *spent(run, role, 1))
+                       if role in run["top1"] else None)
         for name, values in names(role, rows):
-            cells = [mean_std([top1[s] for top1, _ in values if s in top1]) for s in sets] + [str(len(values))]
-            cells += [f"{statistics.mean(spent(cost, stages, unit) for _, cost in values):{form}}"
-                      for unit, form in ((0, ".0f"), (1, ".3g")) for stages in STAGES[role]]
+            top1, *costs = zip(*values)
+            cells = [mean_std([t[s] for t in top1 if s in t]) for s in sets] + [str(len(values))]
+            cells += [f"{statistics.mean(cost):{form}}" for cost, form in zip(costs, (".0f", ".0f", ".3g", ".3g"))]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -504,8 +512,8 @@ def draw_curves(runs):
 def draw_cost(runs):
     """Test accuracy against the multiply-adds of all stages that went into a model: a point a row of the table."""
     points, curves = [], []
-    for role, stages in STAGES.items():
-        rows = grouped(runs, role, lambda run: (spent(run["cost"], sum(stages, []), 1), run["top1"][role]["test"])
+    for role in STAGES:
+        rows = grouped(runs, role, lambda run: (sum(spent(run, role, 1)), run["top1"][role]["test"])
                        if "test" in run["top1"].get(role, ()) else None)
         budgets = {}  # rows that differ only in how long was trained make one curve
         for made, (name, values) in zip(rows, names(role, rows)):
@@ -646,7 +654,8 @@ def draw_contact(runs):
         test = data.load(config, "test")
     except models.UserError as e:
         return print(f"contact.png is left out: {e}")
-    test = test.take([i * len(test) // 8 for i in range(min(8, len(test)))])
+    # far apart, and not in step with the classes, which drawn sets go through in turn
+    test = test.take([i * (len(test) // 8 + 1) % len(test) for i in range(min(8, len(test)))])
     image, draw = paper(810)
     for row, (title, images) in enumerate((("test images", test), ("renditions", data.renditions(test)))):
         write(draw, (20, 40 + 400 * row), f"{title}, and what the student takes them for", 34)

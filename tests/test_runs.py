@@ -307,6 +307,21 @@ def test_share_takes_another_runs_finished_stages_but_none_made_with_other_setti
     assert not list(tmp_path.rglob("*.pt"))
     run("distill_module", done[0], *words)
     assert sorted(f.name for f in tmp_path.rglob("?.pt")) == ["0.pt", "1.pt", "2.pt"]
+    # of several runs each stage is taken from whichever has it: modules from the one, all before them from the other
+    words[:2] = [f"output_dir={tmp_path / 'more'}", f"share=[{tmp_path / 'run'}, {done[1]}]"]
+    run("assemble", done[0], *words)
+    assert "skipped" in run("distill_module", done[0], *words) and not (tmp_path / "more/student_modules").exists()
+
+
+@vmoe_only
+def test_a_file_made_before_a_key_existed_counts_as_made_with_its_default(done, tmp_path):
+    path, folder = beside(done, tmp_path, "finetune", "teacher")
+    content = models.read(folder / "meta.pt")
+    old = json.loads(content["settings"])
+    assert old.pop("train.meta.wrong_labels") == 0
+    torch.save({**content, "settings": json.dumps(old)}, folder / "meta.pt")
+    assert "skipped" in run("finetune", path, "role=meta")
+    assert "wrong_labels=0.0 instead of 0.5" in run("finetune", path, "role=meta", "train.meta.wrong_labels=0.5", expect=2)
 
 
 @vmoe_only

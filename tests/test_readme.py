@@ -1,0 +1,29 @@
+"""Promises of the README: the lines that it quotes stand in the files, and what it names is there."""
+
+import re
+
+import pytest
+
+import models
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+QUOTED = re.findall(r"\| (\w+\.py): `(.+?)` \|", README)
+
+
+def test_the_equations_table_is_found():
+    assert len(QUOTED) > 15
+
+
+@pytest.mark.parametrize("file, line", QUOTED)
+def test_a_quoted_line_of_code_stands_in_its_file(file, line):
+    assert any(text.strip().split("  # ")[0] == line for text in (ROOT / file).read_text().splitlines())
+
+
+def test_every_key_that_an_override_in_the_readme_sets_exists():
+    keys = set(re.findall(r"\b((?:data|target|meta|teacher|student|few_shot|distill|train)\.[a-z_]+(?:\.[a-z_]+)?)=", README))
+    assert len(keys) > 10 and keys <= set(models.KEYS), keys - set(models.KEYS)
+
+
+def test_every_config_in_the_readme_exists():
+    assert all((ROOT / name).is_file() for name in re.findall(r"configs/\w+\.yaml", README))
