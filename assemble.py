@@ -54,9 +54,9 @@ def assemble(config, role, force, process):
         # pre(post(h)) = W_pre (W_post h + b_post) + b_pre = (W_pre W_post) h + (W_pre b_post + b_pre)
         models.fold_stitches(whole, modules)
 
-    # The original ignores what is missing in its files. Here what no module has taught is found by identity and named.
-    taught = {id(tensor) for part in (*modules, whole.stitches) for tensor in part.state_dict(keep_vars=True).values()}
-    fresh = [name for name, tensor in whole.state_dict(keep_vars=True).items() if id(tensor) not in taught]
+    # The original ignores what is missing in its files. Here what is in no module's file is found by identity and named.
+    from_modules = {id(tensor) for part in (*modules, whole.stitches) for tensor in part.state_dict(keep_vars=True).values()}
+    fresh = [name for name, tensor in whole.state_dict(keep_vars=True).items() if id(tensor) not in from_modules]
     if role == "student":
         whole, other = carry(whole, models.build(models.on_target(config, role), role))
         fresh += other

@@ -12,9 +12,9 @@ What to read: for the method parts 1 to 3, some 370 lines. The rest can be skipp
     2 Image sets and splits      4 Few-shot episodes, for evaluate.py   6 Glyphs   7 Renditions   8 Sets on disk
 
 Two ideas carry the file. (1) Nothing random has a state: every draw is a pure function of (seed, stage, epoch, position
-in the epoch), so a killed run resumes exactly from a step number, and the same global batch comes out however many
-processes share it. (2) Small sets live in memory as uint8 and are cropped and flipped as whole batches on the device;
-large ones are read from files, image by image, in worker processes.
+in the epoch), so a killed run resumes exactly from a step number, and the same global batch comes out (but for mixup and
+cutmix) however many processes share it. (2) Small sets live in memory as uint8 and are cropped and flipped as whole
+batches on the device; large ones are read from files, image by image, in worker processes.
 
 Axes: N images, B batch of one process, H = W image size, K classes. Images are uint8 N 3 H W until normalised.
 """
@@ -184,7 +184,7 @@ def load(config, split, stage=None):
     if split in ("train", "validation"):
         pool = _pool(options, split)
         order = np.random.default_rng(seed).permutation(len(pool))
-        # What is drawn is drawn for this split, in the number asked for. What is read has one pool for both, cut here.
+        # Glyphs are drawn for each split, as many as are asked for; sets from disk have one pool for both, cut here.
         if options["set"] not in DRAWN:
             count, held_out = options["train_images"], options["validation_images"]
             if held_out + max(count, 1) > len(pool):
@@ -308,7 +308,7 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
     else:
         dataset = _Pictures(imageset, options, positions, order, (seed, stage, epoch))
         pictures = _loader(dataset, options["workers"], process.device)
-    # A key's last number sets kinds of draws apart: 1 moves and flips, 2 mixes.
+    # The number after m sets kinds of draws apart: 1 crops and flips, 2 mixes.
     for m, images in zip(range(start, stop), pictures):
         labels = imageset.labels[order[positions[m - start]]].to(process.device)
         # Images that were erased are normalised already: the noise is in normalised units.

@@ -14,9 +14,9 @@ here. T is finished too (finetune.py role=teacher). To teach S_i, put it in M's 
                               └─ pre ─ S_i ─ post ─ M_{i+1} ─ … ─ M_L ─ student hybrid's logits ─ CE ─ label
 
 Only S_i learns, with its stitch layers pre and post, which translate between the student's width and M's (T has M's
-width). The gradient reaches it through the frozen M_{i+1} … M_L. S_1 takes in pixels, like M_1, and has no pre; S_L gives
-logits and has no post. The L pairs (T_i, S_i) do not depend on one another, but all start from states h of the same M: one
-run of M over a batch gives h_0 … h_{L-1} to all of them.
+width); of a NAC's module what it shares with others does not (see NACModule). The gradient reaches S_i through the frozen
+M_{i+1} … M_L. S_1 takes in pixels, like M_1, and has no pre; S_L gives logits and has no post. The L pairs (T_i, S_i) do
+not depend on one another, but all start from states h of the same M: one run of M over a batch gives h_0 … h_{L-1} to all.
 The teacher's own modules are made the same way, without a teacher (α = 0) and without stitches: Deep Incubation.
 Afterwards assemble.py joins the modules, and finetune.py trains the whole.
 
@@ -40,7 +40,7 @@ def soft_target_ce(logits, targets):
 
 
 def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmean"):
-    """Knowledge distillation: soft, a KL divergence at temperature τ, or hard, the teacher's choice as label. B K, B K -> ().
+    """Knowledge distillation: soft, a KL divergence at temperature τ, or hard, the teacher's choice as label. B K, B K -> ()
 
     reduction (of soft): batchmean divides by B; mean, the paper's code, by B·K, which is weak beside the cross entropy.
     """
@@ -90,7 +90,7 @@ def main():
     if alpha:
         teacher = models.build(config, "teacher").to(device).requires_grad_(False).eval()
         models.load_weights(teacher, models.needed(config, "teacher"))
-        # How much is there to learn? A teacher hybrid that is no better than M alone has nothing to add to the labels.
+        # Does T fit this frame? Far below M alone it does not; above M alone it has something to add.
         hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process)
         alone = accuracy(meta, {0: meta.parts[0]}, validation, config, process)[0]
         models.say(process, f"distill: validation top-1 of the teacher hybrids {hybrids}, of the meta model {alone}")
@@ -109,10 +109,10 @@ def main():
     # device, and are part of the checkpoint: after a kill the epoch's line in the log is still about the whole epoch.
     sums = {i: torch.zeros(process.world, 3, device=device) for i in todo}
     own = {i: rows[process.rank] for i, rows in sums.items()}
-    parts = {i: (students[i], optimizers[i], sums[i]) for i in todo}
-    step = models.resume(config, process, name, resumed, parts)
+    training = {i: (students[i], optimizers[i], sums[i]) for i in todo}
+    step = models.resume(config, process, name, resumed, training)
     parallel = {i: data.parallel(student, config, process) for i, student in students.items()}
-    models.announce(process, stage, parts, len(train), c, steps, total_batch, step)
+    models.announce(process, stage, training, len(train), c, steps, total_batch, step)
 
     while step < c["epochs"] * steps:
         epoch, first, began = step // steps, step % steps, time.time()
@@ -139,6 +139,7 @@ def main():
                             teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i])).float()
                         # L = (1−α)·CE(student hybrid, y) + α·KD(student hybrid, teacher hybrid)
                         loss = (1 - alpha) * loss + alpha * kd(logits, teacher_logits, d["tau"], d["kind"], d["reduction"])
+                # of a V-MoE's mixtures; a NAC's graph regulariser is for the whole circuit (finetune.py)
                 total = loss + models.regularizer(students[i], config)
                 (total / c["accumulate"]).backward()
                 correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
@@ -148,26 +149,26 @@ def main():
 
             # The rate is a function of the step alone, so a resumed run has no schedule to restore.
             lr = models.learning_rate(step, steps, c, total_batch)
-            models.update(parts, lr, c["clip"])
+            models.update(training, lr, c["clip"])
             step += 1
             # Not at every step: to read a number is to wait for the GPU.
             if step % 20 == 0 or step % steps == 0:
-                bar.set_postfix(data.check_losses(parts, stage, step, config), lr=f"{lr:.1e}")
+                bar.set_postfix(data.check_losses(training, stage, step, config), lr=f"{lr:.1e}")
             if data.stop_asked(process):
                 break
 
         # The epoch is over, or SIGTERM cut it short: every process gets all rows, the first one saves them.
-        for _, _, sums in parts.values():
-            data.sum_over_processes(sums)
+        for *_, rows in training.values():
+            data.sum_over_processes(rows)
         lines = []
         if step % steps == 0:
             trained = time.time() - began
             validated = accuracy(meta, students, validation, config, process)
-            lines = models.epoch_lines(parts, validated, stage, epoch=epoch + 1, step=step, lr=lr,
+            lines = models.epoch_lines(training, validated, stage, epoch=epoch + 1, step=step, lr=lr,
                                        images_per_second=(steps - first) * total_batch / trained,
-                                       seconds=(time.time() - began) / len(parts))
+                                       seconds=(time.time() - began) / len(training))
         # The checkpoint before the log: it holds the lines too, and what the log lacks after a kill it gets on resume.
-        models.save_unfinished(config, process, stage, name, parts, step, lines)
+        models.save_unfinished(config, process, stage, name, training, step, lines)
         models.add_log(config, process, lines)
         models.leave(process, data.stop_asked(process))
 

@@ -27,7 +27,7 @@ def soft_target_ce(logits, targets):
 
 
 def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmean"):
-    """Knowledge distillation: soft, a KL divergence at temperature τ, or hard, the teacher's choice as label. B K, B K -> ().
+    """Knowledge distillation: soft, a KL divergence at temperature τ, or hard, the teacher's choice as label. B K, B K -> ()
 
     reduction (of soft): batchmean divides by B; mean, the paper's code, by B·K, which is weak beside the cross entropy.
     """
@@ -69,8 +69,8 @@ def main():
     steps = data.steps_per_epoch(len(train), c["batch"], process.world, c["accumulate"], block)
     total_batch = c["batch"] * process.world * c["accumulate"]
 
-    # Teacher and student start from their assembled modules, meta model and baselines from scratch; there a NAC's graph
-    # prior is fitted now, which for a student assemble.py has done.
+    # Teacher and student start from their assembled modules, meta model and baselines from scratch. A baseline's graph prior
+    # is fitted now; assemble.py has done it for the student.
     model = models.build(target, role)
     if role in ("teacher", "student"):
         start = config["student"]["start"] if role == "student" else None
@@ -89,10 +89,10 @@ def main():
     # device, and are part of the checkpoint: after a kill the epoch's line in the log is still about the whole epoch.
     sums = torch.zeros(process.world, 3, device=device)
     own = sums[process.rank]
-    parts = {role: (model, optimizer, sums)}
-    step = models.resume(config, process, name, resumed, parts)
+    training = {role: (model, optimizer, sums)}
+    step = models.resume(config, process, name, resumed, training)
     parallel = data.parallel(model, config, process)
-    models.announce(process, stage, parts, len(train), c, steps, total_batch, step)
+    models.announce(process, stage, training, len(train), c, steps, total_batch, step)
 
     while step < c["epochs"] * steps:
         epoch, first, began = step // steps, step % steps, time.time()
@@ -120,26 +120,26 @@ def main():
 
             # The rate is a function of the step alone, so a resumed run has no schedule to restore.
             lr = models.learning_rate(step, steps, c, total_batch)
-            models.update(parts, lr, c["clip"])
+            models.update(training, lr, c["clip"])
             step += 1
             # Not at every step: to read a number is to wait for the GPU.
             if step % 20 == 0 or step % steps == 0:
-                bar.set_postfix(data.check_losses(parts, stage, step, config), lr=f"{lr:.1e}")
+                bar.set_postfix(data.check_losses(training, stage, step, config), lr=f"{lr:.1e}")
             if data.stop_asked(process):
                 break
 
         # The epoch is over, or SIGTERM cut it short: every process gets all rows, the first one saves them.
-        for _, _, sums in parts.values():
-            data.sum_over_processes(sums)
+        for *_, rows in training.values():
+            data.sum_over_processes(rows)
         lines = []
         if step % steps == 0:
             trained = time.time() - began
             validated = {role: accuracy(model, validation, target, process)}
-            lines = models.epoch_lines(parts, validated, stage, epoch=epoch + 1, step=step, lr=lr,
+            lines = models.epoch_lines(training, validated, stage, epoch=epoch + 1, step=step, lr=lr,
                                        images_per_second=(steps - first) * total_batch / trained,
-                                       seconds=(time.time() - began) / len(parts))
+                                       seconds=(time.time() - began) / len(training))
         # The checkpoint before the log: it holds the lines too, and what the log lacks after a kill it gets on resume.
-        models.save_unfinished(config, process, stage, name, parts, step, lines)
+        models.save_unfinished(config, process, stage, name, training, step, lines)
         models.add_log(config, process, lines)
         models.leave(process, data.stop_asked(process))
 

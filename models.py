@@ -255,6 +255,7 @@ class ViT(nn.Module):
         """Modules i … L-1 (counted from 0) on the states x: M_L ∘ … ∘ M_{i+1}(x). B N D -> B K."""
         for j in range(i, len(self.parts)):
             x = self.parts[j](x)
+            # only a student that was assembled with its stitches kept has any
             if len(self.stitches) > j:
                 x = self.stitches[j](x)
         return x
@@ -360,7 +361,7 @@ class Tokenizer(nn.Module):
 
     def __init__(self, width, stages, blocks, grid_width, grid_size):
         super().__init__()
-        # as deep as the circuit can afford tokens: 2 stages leave a token for 8×8 pixels, 3 for 16×16
+        # more stages, fewer tokens: 2 leave one for 8×8 pixels, 3 for 16×16
         widths = [width // 4, width // 2, width][:stages]
         self.downsample_layers = nn.ModuleList([
             nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0], eps=1e-6))])
@@ -462,7 +463,7 @@ class LatentAttention(nn.Module):
     """Receivers attend to senders under the kernel: the NAC paper's stochastic kernel modulated dot-product attention.
 
     q and exit are modulated by the receiver's code, k and v by the sender's. Without `sender_norm` one LayerNorm
-    serves both sides. receivers B U D, senders B V D, log_kernel (B) U V or None -> B U D (no residual).
+    serves both sides. receivers B U D, senders B V D, log_k = log K (B) U V or None -> B U D (no residual).
     """
 
     def __init__(self, width, code_width, heads, head_width, share_norm):
@@ -480,21 +481,21 @@ class LatentAttention(nn.Module):
         self.exit = ModFC(inner, width, code_width)
         self.gamma = nn.Parameter(torch.full((width,), 0.1))
 
-    def forward(self, receivers, senders, receiver_codes, sender_codes, log_kernel=None):
+    def forward(self, receivers, senders, receiver_codes, sender_codes, log_k=None):
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B n h·d -> B h n d
         q = split(self.query(self.receiver_norm(receivers), receiver_codes))
         x = getattr(self, "sender_norm", self.receiver_norm)(senders)
         k, v = split(self.key(x, sender_codes)), split(self.value(x, sender_codes))
         # Σ_v softmax_v(q_u · k_v / √d + log K(u, v)) v_v: K multiplies the attention weights before they are normalised
-        if log_kernel is not None:
+        if log_k is not None:
             # one kernel for all heads: the graph says who may talk, the heads about what
-            log_kernel = log_kernel.to(q.dtype).view(-1, 1, *log_kernel.shape[-2:])  # 1 or B, 1 U V
-        if log_kernel is None or q.is_cuda:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_kernel)
+            log_k = log_k.to(q.dtype).view(-1, 1, *log_k.shape[-2:])  # 1 or B, 1 U V
+        if log_k is None or q.is_cuda:
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_k)
         else:
             # On a CPU no fused attention gives the kernel a gradient, and what stands in for it keeps the scores twice.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # B h U V
-            x = scores.add_(log_kernel).softmax(-1) @ v
+            x = scores.add_(log_k).softmax(-1) @ v
         return self.gamma * self.exit(x.transpose(1, 2).flatten(2), receiver_codes)
 
 
@@ -546,10 +547,10 @@ class Propagator(nn.Module):
         """delta U V: the signatures' distances; None (tokens, which have no signature): attention without kernel."""
         # Two draws, as in the original, although the mediators are among the senders.
         receiver_codes, sender_codes = jitter(receiver_codes, self.training), jitter(sender_codes, self.training)
-        kernel = None
+        log_k = None
         if delta is not None:
-            kernel = log_kernel(delta, self.attention.bandwidth, sample=len(receivers) if self.training else 0)
-        x = receivers + self.drop_path(self.attention(receivers, senders, receiver_codes, sender_codes, kernel))
+            log_k = log_kernel(delta, self.attention.bandwidth, sample=len(receivers) if self.training else 0)
+        x = receivers + self.drop_path(self.attention(receivers, senders, receiver_codes, sender_codes, log_k))
         return self.ffn(x, receiver_codes)
 
 
@@ -567,8 +568,8 @@ class ReadOut(nn.Module):
     def forward(self, receivers, senders, receiver_codes, sender_codes, delta=None):
         receiver_codes, sender_codes = jitter(receiver_codes, self.training), jitter(sender_codes, self.training)
         # untruncated, every latent is heard a little, so that all get a gradient from the loss
-        kernel = None if delta is None else log_kernel(delta, self.attention.bandwidth, truncate=False)
-        return self.ffn(self.attention(receivers, senders, receiver_codes, sender_codes, kernel), receiver_codes)
+        log_k = None if delta is None else log_kernel(delta, self.attention.bandwidth, truncate=False)
+        return self.ffn(self.attention(receivers, senders, receiver_codes, sender_codes, log_k), receiver_codes)
 
 
 class Pool(nn.Module):
@@ -789,7 +790,7 @@ def regularizer(model, config):
 class Stitched(nn.Module):
     """post ∘ S_i ∘ pre: a student's module with the layers that let it stand between the meta model's modules.
 
-    states B×N×W (W the meta's width; images for the first module) -> states B×N×W (logits for the last).
+    states B×N×W (W the meta's width; images for the first module) -> states B×U×W (logits for the last), U = N for a V-MoE.
     """
 
     def __init__(self, body, pre, post):
@@ -804,11 +805,14 @@ class Stitched(nn.Module):
 class NACModule(nn.Module):
     """Module i of a NAC inside the meta model, sharing the NAC's parameters. B N D (or images) -> B U D (or logits).
 
+    A ViT's block takes any number of tokens, so a module may hand on its U latents in place of the 1+N tokens that came in.
+    The meta model's head then reads the first of them, which is thereby taught to be the class token.
     Inside the meta model there are tokens instead of latents. `mode` says whose codes and states go with them:
-      own       the circuit's own, so that a module is taught as it will be used. Read-in and read-out have their U_in and
+      own       the circuit's own: as near to a module's later use as tokens allow. Read-in and read-out have their U_in and
                 U_out latents, states from the seeder. In the first propagator the tokens stand for input latents, and the
                 seeded mediators listen to them; later, and for the read-out, tokens stand for mediators. What several
-                modules share (seeder, mediator codes) stays as initialised; all of it is carried on into the circuit.
+                modules share (seeder, mediator codes, the codes that tokens get) stays as initialised here; codes and
+                seeder are carried on into the circuit.
       original  the paper's code: one fixed random code for everything; read-in and read-out have one latent, of fixed
                 random state; a propagator's tokens are receivers and senders. None of it reaches the circuit.
       fresh     as own, but the codes are drawn anew for each batch (in evaluation: one fixed draw).
