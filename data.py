@@ -87,6 +87,8 @@ def _mps_works():
         return False
 
 
+# DDP sums its gradients in another order from its second step on, so a run of more than two processes that was resumed equals
+# the unbroken one up to rounding, not to the bit (the sum of two numbers has no order).
 def parallel(module, config, process):
     """What a loop calls in place of the module: gradients are averaged over processes; compiled where the config says so."""
     # In this order: torch.compile cuts its graph where DDP exchanges gradients, so that both go on side by side.

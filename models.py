@@ -1044,7 +1044,7 @@ DATA_KEYS = {
     "cutmix": (0.0, number()),
     "smoothing": (0.0, number(0, 0.999)),
     "repeats": (1, whole(1, 100)),  # repeated augmentation
-    "workers": (4, whole(0, 256)),  # processes that read image files
+    "workers": (4, whole(0, 256)),  # processes that read image files, per process that trains
 }
 
 VIT_KEYS = {
@@ -1685,9 +1685,9 @@ def expert_load(model):
 
 def set_drop_path(model, rate):
     """Stochastic depth: rises linearly from 0 to `rate` over a ViT's blocks, is constant over a NAC's propagators."""
-    blocks = model.blocks if isinstance(model, ViT) else model.propagators
+    blocks = model.propagators if isinstance(model, NAC) else model.blocks
     for k, block in enumerate(blocks):
-        value = rate * k / max(1, len(blocks) - 1) if isinstance(model, ViT) else rate
+        value = rate if isinstance(model, NAC) else rate * k / max(1, len(blocks) - 1)
         for module in block.modules():
             if isinstance(module, DropPath):
                 module.rate = value
@@ -1879,9 +1879,9 @@ def dry_run(config):
         known = (f"{images:,}", steps, f"{steps * batch / 1e6:.2f} M", f"{work / 1e12:,.3g}") if images else "????"
         print(f"{stage:8}{parameters:12,}{known[0]:>11}{c['epochs']:7}{known[1]:>9}{batch:7}{known[2]:>9}  "
               f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations / 2**30:12.2f}{known[3]:>11}")
-    print("batch: of all processes and one step; seen: images in all, augmented copies too; GiB of a process in float32:\n"
-          "state: weights, gradients, AdamW's moments; activations: what the backward pass needs (bfloat16 with fused\n"
-          "attention: half); TMAC: 10^12 multiply-adds of the whole stage, forward and backward")
+    print("images: of the whole set, data.root is not read; batch: of all processes and one step; seen: images in all,\n"
+          "augmented copies too; GiB of a process in float32: state: weights, gradients, AdamW's moments; activations: what\n"
+          "the backward pass needs (bfloat16 with fused attention: half); TMAC: 10^12 multiply-adds, forward and backward")
 
 
 def multiply_adds(config, stage):
