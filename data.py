@@ -87,8 +87,8 @@ def _mps_works():
         return False
 
 
-# DDP sums its gradients in another order from its second step on, so a run of more than two processes that was resumed equals
-# the unbroken one up to rounding, not to the bit (the sum of two numbers has no order).
+# A run of more than two processes that was resumed equals the unbroken one up to rounding, not to the bit: probably because
+# DDP regroups its gradients after its first step, and then sums them in another order (of two numbers there is but one).
 def parallel(module, config, process):
     """What a loop calls in place of the module: gradients are averaged over processes; compiled where the config says so."""
     # In this order: torch.compile cuts its graph where DDP exchanges gradients, so that both go on side by side.

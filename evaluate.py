@@ -286,7 +286,7 @@ def row(config, stage):
     """The settings that a stage depends on but for the seed, as JSON, and the seed: runs of the same settings make a row."""
     made = json.loads(models.settings(config, stage))
     seed = int(made.pop("seed"))
-    # Weights from elsewhere are mostly of the same seed: runs/teacher-s3/meta.pt and runs/teacher-s4/meta.pt are one setting.
+    # Weights from elsewhere are mostly of the same seed: runs/teacher-s3/meta.pt and …-s4/meta.pt are one setting.
     for key in ("meta.checkpoint", "teacher.checkpoint", "student.start"):
         if made.get(key):
             made[key] = re.sub(rf"(?<!\d){seed}(?!\d)", "*", made[key])

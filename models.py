@@ -1879,8 +1879,8 @@ def dry_run(config):
         known = (f"{images:,}", steps, f"{steps * batch / 1e6:.2f} M", f"{work / 1e12:,.3g}") if images else "????"
         print(f"{stage:8}{parameters:12,}{known[0]:>11}{c['epochs']:7}{known[1]:>9}{batch:7}{known[2]:>9}  "
               f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations / 2**30:12.2f}{known[3]:>11}")
-    print("images: of the whole set, data.root is not read; batch: of all processes and one step; seen: images in all,\n"
-          "augmented copies too; GiB of a process in float32: state: weights, gradients, AdamW's moments; activations: what\n"
+    print("images: of the whole set, data.root is not read; batch: of all processes and one step; seen: images in all, with\n"
+          "augmented copies; GiB of a process in float32: state: weights, gradients, AdamW's moments; activations: what\n"
           "the backward pass needs (bfloat16 with fused attention: half); TMAC: 10^12 multiply-adds, forward and backward")
 
 
