@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from models import DRAWN, STOP, UserError, check_finite
@@ -87,14 +86,18 @@ def _mps_works():
         return False
 
 
-# A run of more than two processes that was resumed equals the unbroken one up to rounding, not to the bit: probably because
-# DDP regroups its gradients after its first step, and then sums them in another order (of two numbers there is but one).
-def parallel(module, config, process):
-    """What a loop calls in place of the module: gradients are averaged over processes; compiled where the config says so."""
-    # In this order: torch.compile cuts its graph where DDP exchanges gradients, so that both go on side by side.
-    if process.world > 1:
-        module = DistributedDataParallel(module)
-    return torch.compile(module) if config["compile"] else module
+def average_gradients(parts, process):
+    """Averages the gradients of each part {i: (module, optimiser, sums)} over the processes, in place.
+
+    Once a step, not once a micro-batch, and in an order that never changes, so that a resumed run sums in the same one.
+    (DistributedDataParallel, which the original uses, regroups its gradients after the first step after every start.)
+    """
+    for module, *_ in parts.values() if process.world > 1 else ():
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        # one message a part: many small ones would cost a round trip each
+        mean = sum_over_processes(torch.cat([g.flatten() for g in gradients])) / process.world
+        for g, part in zip(gradients, mean.split([g.numel() for g in gradients])):
+            g.copy_(part.view_as(g))
 
 
 def sum_over_processes(tensor):

@@ -111,7 +111,7 @@ def main():
     own = {i: rows[process.rank] for i, rows in sums.items()}
     training = {i: (students[i], optimizers[i], sums[i]) for i in todo}
     step = models.resume(config, process, name, resumed, training)
-    parallel = {i: data.parallel(student, config, process) for i, student in students.items()}
+    compiled = {i: torch.compile(student) if config["compile"] else student for i, student in students.items()}
     models.announce(process, stage, training, len(train), c, steps, total_batch, step)
 
     while step < c["epochs"] * steps:
@@ -131,7 +131,7 @@ def main():
                 with models.autocast(config, device):
                     # Student hybrid: M_L ∘ … ∘ M_{i+2} ∘ post ∘ S_{i+1} ∘ pre (h_i). The rest of M is frozen but not
                     # under no_grad: the gradient must pass through it to reach S.
-                    logits = meta.rest(i + 1, parallel[i](hidden[i])).float()
+                    logits = meta.rest(i + 1, compiled[i](hidden[i])).float()
                     loss = soft_target_ce(logits, targets)
                     if teacher:
                         with torch.no_grad():
@@ -149,6 +149,7 @@ def main():
 
             # The rate is a function of the step alone, so a resumed run has no schedule to restore.
             lr = models.learning_rate(step, steps, c, total_batch)
+            data.average_gradients(training, process)
             models.update(training, lr, c["clip"])
             step += 1
             # Not at every step: to read a number is to wait for the GPU.
@@ -176,8 +177,6 @@ def main():
         for i in todo:
             models.save_finished(config, stage, f"{role}_modules/{i}.pt", students[i].state_dict())
         models.remove(config, name)
-    # DDP goes before the process group that it uses, or leaving can hang.
-    del parallel
     data.close()
 
 

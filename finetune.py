@@ -91,7 +91,7 @@ def main():
     own = sums[process.rank]
     training = {role: (model, optimizer, sums)}
     step = models.resume(config, process, name, resumed, training)
-    parallel = data.parallel(model, config, process)
+    compiled = torch.compile(model) if config["compile"] else model
     models.announce(process, stage, training, len(train), c, steps, total_batch, step)
 
     while step < c["epochs"] * steps:
@@ -104,7 +104,7 @@ def main():
             # Drop path, code jitter and the like are a function of the step: no random state to save.
             models.seed_noise(config, stage, step, k % c["accumulate"], process.rank)
             with models.autocast(config, device):
-                logits = parallel(images).float()
+                logits = compiled(images).float()
                 loss = soft_target_ce(logits, targets)
                 if teacher:
                     with torch.no_grad():
@@ -120,6 +120,7 @@ def main():
 
             # The rate is a function of the step alone, so a resumed run has no schedule to restore.
             lr = models.learning_rate(step, steps, c, total_batch)
+            data.average_gradients(training, process)
             models.update(training, lr, c["clip"])
             step += 1
             # Not at every step: to read a number is to wait for the GPU.
@@ -146,8 +147,6 @@ def main():
     if main_process:
         models.save_finished(config, stage, f"{role}.pt", model.state_dict())
         models.remove(config, name)
-    # DDP goes before the process group that it uses, or leaving can hang.
-    del parallel
     data.close()
 
 

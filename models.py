@@ -342,7 +342,7 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x):
-        # Contiguous, or the weight's gradient has other strides than the weight, at a cost when processes share it.
+        # Contiguous, so that the gradient of the weight has the strides of the weight.
         x = x.contiguous()
         # channels last, where a 1×1 convolution is a plain linear layer
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # B H W D
@@ -833,7 +833,7 @@ class NACModule(nn.Module):
             self.propagator = nac.propagators[i - 1]
             if i == 1 and mode != "original":
                 listeners, stand_in = nac.mediator_latents, nac.input_latents
-        # without kernel β has no gradient, and DistributedDataParallel wants one for every parameter that trains
+        # without kernel β has no part in the loss: it does not learn here, and is not counted
         if i:
             (self.read_out if i == last else self.propagator).attention.bandwidth.requires_grad_(False)
 

@@ -479,7 +479,7 @@ def test_a_student_s_modules_fit_the_meta_model(tmp_path, kind, codes):
         logits = meta.rest(i + 1, module(h))
         assert logits.shape == (2, c["data"]["classes"])
         logits.sum().backward()
-        for name, p in module.named_parameters():  # all that train are used: data parallel training insists on it
+        for name, p in module.named_parameters():  # all that train are used
             assert (p.grad is not None) == p.requires_grad, name
         assert torch.equal(module.eval()(h), module(h))
     assert isinstance(modules[0].pre_stitch, nn.Identity) and isinstance(modules[-1].post_stitch, nn.Identity)

@@ -29,7 +29,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # torch.optim imports it when first used: once here, not in every fork
-import torch.nn.parallel
 import yaml
 
 import data
@@ -86,8 +85,7 @@ def start(script, path, *words, before=None, env={}):
         os.environ.update(env)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a command that ran in this process may have set its own
         torch.set_num_threads(1)
-        warnings.simplefilter("error")  # our code gives none; torch's DDP does where a dimension is of size 1
-        warnings.filterwarnings("ignore", "Grad strides do not match")
+        warnings.simplefilter("error")  # our code gives none
         models.remove = lambda config, name: None  # finished stages leave their last optimiser's state, to be compared
         if before:
             before()
@@ -528,18 +526,19 @@ def test_sigterm_before_the_first_step_or_in_evaluation_ends_at_once_and_harms_n
 
 
 @pytest.mark.parametrize("script", ["finetune", "distill_module"])
-def test_sigterm_that_reaches_two_processes_at_different_steps_stops_both_at_one_step(tmp_path, script):
+def test_sigterm_that_reaches_three_processes_at_different_steps_stops_all_at_one_step(tmp_path, script):
     words = ["data.train_images=134", "train.meta.batch=2", "train.meta.accumulate=1", "train.distill.batch=2",
-             "train.distill.accumulate=1", "train.distill.epochs=1", "train.meta.epochs=1", "distill.alpha=0"]  # 33 steps
+             "train.distill.accumulate=1", "train.distill.epochs=1", "train.meta.epochs=1", "distill.alpha=0"]  # 22 steps
     role = {"finetune": "meta", "distill_module": "student"}[script]
     for name in "ab":
         path = write_config(tmp_path / name)
         if script == "distill_module":
             run("finetune", path, "role=meta", *words)
         if name == "a":
-            run_processes(2, script, path, f"role={role}", *words, expect=143, seconds=30,
+            run_processes(3, script, path, f"role={role}", *words, expect=143, seconds=30,
                           before=lambda rank: die(models, "learning_rate", 5 + rank, signal.SIGTERM)())
-        run_processes(2, script, path, f"role={role}", *words)
+        run_processes(3, script, path, f"role={role}", *words)
+    # to the bit: of three numbers the sum depends on the order, which a resumed run must not change
     same_run(tmp_path / "a/run", tmp_path / "b/run", script, role)
 
 
