@@ -89,10 +89,25 @@ def test_a_row_is_named_after_what_differs_from_the_plain_row_whatever_the_folde
     assert cells(lines, "student")[0] == "2.0"
     assert cells(lines, "student, distill.reduction=mean, distill.codes=original")[0] == "1.0"
     assert cells(lines, "student, distill.alpha=0.9, distill.tau=2, distill.kind=hard, + 2 more")[0] == "4.0"
+    # two rows that the first keys do not tell apart are named in full
+    run(tmp_path / "4b", {"student": {"test": 4.5}}, {}, "distill.alpha=0.9", "distill.tau=2", "distill.kind=hard",
+        "distill.codes=fresh", "train.meta.lr=2")
+    lines = report(capsys, *tmp_path.iterdir())
+    four = "student, distill.alpha=0.9, distill.tau=2, distill.kind=hard, distill.codes=fresh, train.meta.lr="
+    assert cells(lines, four + "1")[0] == "4.0" and cells(lines, four + "2")[0] == "4.5"
     # the kind of student says it all: its widths, experts and so on follow
     run(tmp_path / "5", {"student": {"test": 5.0}}, {}, *vmoe)
     lines = report(capsys, *tmp_path.iterdir())
     assert cells(lines, "student vmoe")[0] == "5.0" and cells(lines, "student nac")[0] == "2.0"
+
+
+def test_weights_from_elsewhere_that_differ_in_their_seed_alone_are_one_setting(tmp_path, capsys):
+    for seed in (1, 12):
+        run(tmp_path / f"a{seed}", {"student": {"test": 80.0 + seed}}, {}, f"seed={seed}",
+            f"teacher.checkpoint={tmp_path}/t1024-s{seed}/meta.pt")
+    run(tmp_path / "b", {"student": {"test": 70.0}}, {}, "seed=1", f"teacher.checkpoint={tmp_path}/u1024-s1/meta.pt")
+    lines = [line for line in report(capsys, *tmp_path.iterdir()) if line.startswith("| student")]
+    assert [line.split("|")[2].strip() for line in lines] == ["86.5 ± 7.8", "70.0"], lines
 
 
 def test_costs_are_a_models_own_and_those_of_all_before(tmp_path, capsys):
@@ -113,6 +128,9 @@ def test_costs_are_a_models_own_and_those_of_all_before(tmp_path, capsys):
     run(tmp_path / "c", {"baseline": {"test": 10.0}}, {"baseline": 7}, "train.baseline_epochs=7")
     assert cells(report(capsys, tmp_path / "a", tmp_path / "c"), "baseline, train.baseline_epochs=7")[4] == "21"
     assert config["train"]["baseline_epochs"] is None
+    # without a teacher: incubation and the teacher's training are not its cost
+    run(tmp_path / "d", {"student": {"test": 80.0}}, stages, "distill.alpha=0")
+    assert cells(report(capsys, tmp_path / "d"), "student")[1:] == ["1", "120", "100", "112", "10"]
 
 
 def test_the_axes_map_is_where_the_ink_is():
