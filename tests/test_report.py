@@ -89,16 +89,20 @@ def test_a_row_is_named_after_what_differs_from_the_plain_row_whatever_the_folde
     assert cells(lines, "student")[0] == "2.0"
     assert cells(lines, "student, distill.reduction=mean, distill.codes=original")[0] == "1.0"
     assert cells(lines, "student, distill.alpha=0.9, distill.tau=2, distill.kind=hard, + 2 more")[0] == "4.0"
-    # two rows that the first keys do not tell apart are named in full
-    run(tmp_path / "4b", {"student": {"test": 4.5}}, {}, "distill.alpha=0.9", "distill.tau=2", "distill.kind=hard",
-        "distill.codes=fresh", "train.meta.lr=2")
-    lines = report(capsys, *tmp_path.iterdir())
-    four = "student, distill.alpha=0.9, distill.tau=2, distill.kind=hard, distill.codes=fresh, train.meta.lr="
-    assert cells(lines, four + "1")[0] == "4.0" and cells(lines, four + "2")[0] == "4.5"
     # the kind of student says it all: its widths, experts and so on follow
     run(tmp_path / "5", {"student": {"test": 5.0}}, {}, *vmoe)
     lines = report(capsys, *tmp_path.iterdir())
     assert cells(lines, "student vmoe")[0] == "5.0" and cells(lines, "student nac")[0] == "2.0"
+
+
+def test_rows_that_their_first_keys_do_not_tell_apart_are_named_in_full(tmp_path, capsys):
+    for seed in range(3):
+        run(tmp_path / f"plain{seed}", {"student": {"test": 1.0}}, {}, f"train.student.lr={seed + 1}")
+    four = ["distill.alpha=0.9", "distill.tau=2", "distill.kind=hard", "distill.codes=fresh"]
+    for lr in (7, 8):
+        run(tmp_path / f"four{lr}", {"student": {"test": float(lr)}}, {}, "train.student.lr=1", *four, f"train.meta.lr={lr}")
+    lines = report(capsys, *tmp_path.iterdir())
+    assert [cells(lines, f"student, {', '.join(four)}, train.meta.lr={lr}")[0] for lr in (7, 8)] == ["7.0", "8.0"]
 
 
 def test_weights_from_elsewhere_that_differ_in_their_seed_alone_are_one_setting(tmp_path, capsys):
