@@ -204,6 +204,11 @@ def test_a_circuit_is_drawn_and_its_links_are_counted(tmp_path, capsys):
     lines = report(capsys, tmp_path / "a")
     # before: all 120 pairs; after: 4 groups of 6 pairs, 24 of 120
     assert [cells(lines[k:], "student") for k in range(len(lines)) if lines[k].startswith("| linked")] == [["100.0", "20.0"]]
+    # a run that shares this one has the same circuit only if its settings are the same
+    same = ["student.graph=ring_of_cliques", "student.graph_groups=4", f"share={tmp_path / 'a'}"]
+    for name, more, shown in (("same", [], True), ("other", ["train.student.lr=1"], False)):
+        run(tmp_path / name, {"student": {"test": 50.0}}, {}, *same, *more)
+        assert any(line.startswith("| linked") for line in report(capsys, tmp_path / name)) == shown
     out = tmp_path / "a/report"
     assert {p.name for p in out.iterdir()} == {"report.md", "circuit.png", "contact.png"}
     model = models.build(models.load_config(tmp_path / "a/c.yaml"), "student")
