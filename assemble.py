@@ -58,25 +58,26 @@ def assemble(config, role, force, process):
     from_modules = {id(tensor) for part in (*modules, whole.stitches) for tensor in part.state_dict(keep_vars=True).values()}
     fresh = [name for name, tensor in whole.state_dict(keep_vars=True).items() if id(tensor) not in from_modules]
     if role == "student":
-        whole, other = carry(whole, models.build(models.on_target(config, role), role))
+        whole, other = carry(whole, models.build(models.on_target(config, role), role), models.new_classes(config))
         fresh += other
     models.save_finished(config, stage, name, whole.state_dict())
     models.say(process, f"{stage}: {len(modules)} modules, stitches {stitches}; "
                f"fresh tensors: {', '.join(fresh) or 'none'}")
 
 
-def carry(distilled, student):
+def carry(distilled, student, new_classes):
     """Weights of the distilled student -> the student of the target data. Returns it, and the names not carried over.
 
     In the paper Tiny-ImageNet's students are distilled on ImageNet, at 224 pixels: the image size and the classes differ.
     """
     source, state, fresh = distilled.state_dict(), student.state_dict(), []
     for name, tensor in state.items():
-        if source[name].shape == tensor.shape:
-            state[name] = source[name]
-        elif name.startswith(("tokenizer.grid", "pool.to_logits", "head.")):
-            # A NAC's position grid belongs to the size, a classifier to the classes: they start afresh, as in the original.
+        fits = source[name].shape == tensor.shape
+        # A NAC's position grid belongs to the size, a classifier to the classes: they start afresh, as in the original.
+        if name.startswith("tokenizer.grid") and not fits or name.startswith(("pool.to_logits", "head.")) and new_classes:
             fresh.append(name)
+        elif fits:
+            state[name] = source[name]
         elif name == "pos_embed":
             # A V-MoE's are resized, as when weights from elsewhere are read.
             state[name] = models.resize_pos_embed(source[name], tensor.shape[1])

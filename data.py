@@ -86,6 +86,13 @@ def _mps_works():
         return False
 
 
+def broadcast_weights(parts, process):
+    """Gives every process the first one's weights, part by part: machines that round differently begin differently."""
+    for module, *_ in parts.values() if process.world > 1 else ():
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+
+
 def average_gradients(parts, process):
     """Averages the gradients of each part {i: (module, optimiser, sums)} over the processes, in place.
 
@@ -241,6 +248,8 @@ def class_names(options):
     """The class names of the training set of config["data"], index = label; reads no image where it need not."""
     if options["set"] in ("imagenet", "tiny_imagenet", "folder"):
         return _checked(_class_folders(os.path.join(_root(options), "train")), options)
+    if options["set"] in DRAWN:
+        return list(GLYPHS[options["set"]])[:options["classes"]]
     return _pool(options, "test").class_names
 
 

@@ -111,6 +111,7 @@ def main():
     own = {i: rows[process.rank] for i, rows in sums.items()}
     training = {i: (students[i], optimizers[i], sums[i]) for i in todo}
     step = models.resume(config, process, name, resumed, training)
+    data.broadcast_weights(training, process)
     compiled = {i: torch.compile(student) if config["compile"] else student for i, student in students.items()}
     models.announce(process, stage, training, len(train), c, steps, total_batch, step)
 
@@ -120,7 +121,7 @@ def main():
             student.train()
         batches = data.train_batches(train, config, stage, epoch, process, start_step=first)
         bar = tqdm(batches, f"{stage} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
-                   disable=models.quiet(process), leave=False)
+                   disable=process.rank > 0 or None, leave=False)
         for k, (images, targets) in enumerate(bar):
             # h_0 = images, h_i = M_i ∘ … ∘ M_1(images): one run of M serves all pairs.
             with models.autocast(config, device), torch.no_grad():
@@ -139,11 +140,11 @@ def main():
                             teacher_logits = meta.rest(i + 1, teacher.parts[i](hidden[i])).float()
                         # L = (1−α)·CE(student hybrid, y) + α·KD(student hybrid, teacher hybrid)
                         loss = (1 - alpha) * loss + alpha * kd(logits, teacher_logits, d["tau"], d["kind"], d["reduction"])
-                # of a V-MoE's mixtures; a NAC's graph regulariser is for the whole circuit (finetune.py)
+                # Balance losses of a V-MoE's mixtures. 0 for a NAC: its graph regulariser is for the whole circuit.
                 total = loss + models.regularizer(students[i], config)
                 (total / c["accumulate"]).backward()
                 correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
-                own[i] += torch.stack([loss.detach() * len(images), correct, correct.new_tensor(len(images))])
+                own[i] += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
             if (k + 1) % c["accumulate"]:
                 continue
 
@@ -170,6 +171,8 @@ def main():
                                        seconds=(time.time() - began) / len(training))
         # The checkpoint before the log: it holds the lines too, and what the log lacks after a kill it gets on resume.
         models.save_unfinished(config, process, stage, name, training, step, lines)
+        for i in todo if words.force and main_process else ():  # from here on unfinished modules like any others
+            models.remove(config, f"{role}_modules/{i}.pt")
         models.add_log(config, process, lines)
         models.leave(process, data.stop_asked(process))
 

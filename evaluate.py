@@ -7,8 +7,9 @@
     python evaluate.py --config configs/demo_nac.yaml few_shot.set=cifar100 few_shot.root=FOLDER    on new classes, too
     python evaluate.py --report runs/demo_nac* [--out FOLDER]                 mean ± std over seeds, as Markdown and PNG
 
-Writes <output_dir>/results.json, a list of {role, set, top1, top5, images, checkpoint}. Every image of a set counts
-once, however many processes share it, and the last weights are scored, not the best on the way.
+Writes <output_dir>/results.json, a list of {role, set, top1, top5, images, checkpoint, given}; given: by checkpoint=, which the
+report leaves out. Every image of a set counts once, however many processes share it, and the last weights are scored,
+not the best on the way.
 Three parts: scoring · the report's tables (report.md) · its pictures (PNG). A single run's report is in <output_dir>/report,
 that of several in `report` in the folder that holds them.
 """
@@ -38,13 +39,15 @@ def main():
     config, words = models.command_line(__doc__, ROLES, ("checkpoint",))
     if words.dry_run:
         return models.dry_run(config)
+    if words.checkpoint and words.role == "all":
+        raise models.UserError("checkpoint= is one model's weights: say which with role=.")
     process = data.setup(config["device"])
     folder = Path(config["output_dir"])
     # `all` means all there is: a run whose teacher came from elsewhere, or whose baseline is still training, has fewer.
     roles = [words.role] if words.role != "all" else [r for r in ROLES[:-1] if find(config, r)]
     sets = {}  # by data block, each loaded once
     for role in roles:
-        path = words.checkpoint or find(config, role) or models.needed(config, role)
+        path = words.checkpoint or models.needed(config, role)
         # A student is tested where it was finetuned, which need not be where its modules were distilled.
         c = models.on_target(config, role)
         model = models.build(c, role)
@@ -61,10 +64,10 @@ def main():
             # At once, not at the end: what is scored stays, whatever happens to the next set.
             if process.rank == 0:
                 keep_result(folder, {"role": role, "set": name, "top1": top1, "top5": top5, "images": len(images),
-                                     "checkpoint": str(path)})
+                                     "checkpoint": str(path), "given": bool(words.checkpoint)})
             models.say(process, f"{role}, {name}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(images):,} images")
         if c["few_shot"]["set"]:
-            few_shot(model, role, path, c, process)
+            few_shot(model, role, path, c, process, bool(words.checkpoint))
     # The other processes need not wait: nothing collective comes any more.
     if words.role == "all" and process.rank == 0:
         report([folder])
@@ -92,7 +95,6 @@ def score(model, images, config, process):
         absent = torch.ones(config["data"]["classes"], dtype=torch.bool, device=process.device)
         absent[images.present] = False
     for x, labels in data.eval_batches(images, config, process):
-        # logits in float32: in bfloat16 near classes tie, and then the lower index would win
         with models.autocast(config, process.device):
             logits = model(x).float()
         # ImageNet-R has 200 of ImageNet's 1000 classes: an answer outside them would be wrong by construction
@@ -105,7 +107,7 @@ def score(model, images, config, process):
     return (100 * data.sum_over_processes(hits) / len(images)).tolist()
 
 
-def few_shot(model, role, path, config, process):
+def few_shot(model, role, path, config, process, given):
     """Accuracy on classes the model has not seen: of each episode's images a few are labelled, and a linear classifier is
     trained on the frozen model's features of these alone. Keeps and prints mean ± 95 % interval over episodes."""
     f = config["few_shot"]
@@ -126,7 +128,7 @@ def few_shot(model, role, path, config, process):
         if process.rank == 0:
             keep_result(Path(config["output_dir"]), {
                 "role": role, "set": name, "top1": top1, "top5": top5, "images": len(images), "checkpoint": str(path),
-                "ci95": interval, "episodes": len(accuracy)})
+                "given": given, "ci95": interval, "episodes": len(accuracy)})
         models.say(process, f"{role}, few-shot on {f['set']}, {f['ways']} ways, {shots} shots: top-1 {top1:.2f} ± "
                    f"{interval:.2f} % (95 % interval of {len(accuracy)} episodes)")
 
@@ -167,12 +169,14 @@ def linear_probe(support, query, ways):
 
 
 def keep_result(folder, result):
-    """Adds a result to the run's results.json, in place of an older one of the same role and set."""
+    """Adds a result to the run's results.json, in place of an older one of the same role and set; what was scored by
+    checkpoint= stands beside the run's own."""
     path = folder / "results.json"
     try:
         results = json.loads(path.read_text()) if path.exists() else []
         # A second evaluation, say after more training, takes the place of the first.
-        results = [r for r in results if (r["role"], r["set"]) != (result["role"], result["set"])] + [result]
+        kind = lambda r: (r["role"], r["set"], "given" in r and r["given"])
+        results = [r for r in results if kind(r) != kind(result)] + [result]
     except (ValueError, TypeError, KeyError):
         raise models.UserError(f"{path} is not a list of results; remove it and evaluate again.") from None
     models.write_text(path, json.dumps(results, indent=1))
@@ -221,9 +225,13 @@ def read_run(folder, counted):
     try:
         config, top1, log = full_config(folder), {}, read_log(folder)
         for r in json.loads((folder / "results.json").read_text()):
-            top1.setdefault(r["role"], {})[r["set"]] = number(r["top1"])
+            if not r.get("given"):  # weights from elsewhere say nothing about the run's settings
+                top1.setdefault(r["role"], {})[r["set"]] = number(r["top1"])
         # A stage that was taken from the shared run is in that one's log. It is the same only if its settings are.
         for shared in map(Path, models.folders(config)[1:]):
+            if not shared.is_dir():
+                print(f"{folder}: the run that it shares, {shared}, is not there; what its stages cost is left out")
+                continue
             own, theirs = {stage for stage, *_ in log}, full_config(shared) if (shared / "config.yaml").exists() else config
             for key, line in read_log(shared).items():
                 if key[0] not in own and models.settings(config, key[0]) == models.settings(theirs, key[0]):
@@ -243,8 +251,7 @@ def tmac(config, stage, counted):
     """10¹² multiply-adds of a stage. They are counted for one epoch and kept in `counted`: a count takes a second, and most
     runs of a sweep differ in nothing that changes it."""
     block = "student" if stage.startswith("baseline") else stage
-    epochs, longer = config["train"][block]["epochs"], config["train"]["baseline_epochs"]
-    epochs = longer if block != stage and longer is not None else epochs
+    epochs = models.plan(config, stage)[0]["epochs"]
     flat = {**models.flatten(config), f"train.{block}.epochs": 1, "train.baseline_epochs": 1}
     # of α only whether there is a teacher; of the other stages nothing; no learning rates
     key = str([stage] + [v > 0 if k.endswith("alpha") else v for k, v in flat.items() if k.startswith(
@@ -271,7 +278,10 @@ def read_log(folder):
     for line in map(json.loads, path.read_text().splitlines() if path.exists() else []):
         line.update({key: number(line[key]) for key in ("seconds", "val_top1") if key == "seconds" or key in line})
         line["expert_load"] = [[number(share) for share in layer] for layer in line.get("expert_load", [])]
-        log[line["stage"], line.get("module"), int(line["epoch"])] = line
+        stage, module, epoch = line["stage"], line.get("module"), int(line["epoch"])
+        if epoch == 1:  # forced again
+            log = {key: value for key, value in log.items() if key[:2] != (stage, module)}
+        log[stage, module, epoch] = line
     return log
 
 
@@ -289,7 +299,7 @@ def row(config, stage):
     # Weights from elsewhere are mostly of the same seed: runs/teacher-s3/meta.pt and …-s4/meta.pt are one setting.
     for key in ("meta.checkpoint", "teacher.checkpoint", "student.start"):
         if made.get(key):
-            made[key] = re.sub(rf"(?<!\d){seed}(?!\d)", "*", made[key])
+            made[key] = re.sub(rf"(?<![a-zA-Z])(s|seed[-_=]?){seed}(?!\d)", r"\1*", made[key])
     return json.dumps(made), seed
 
 
@@ -319,7 +329,7 @@ def names(stage, rows, most=3):
         plain = min(family, key=lambda b: sum(len(differ(b, c)) for c in family))
         keys = sorted(differ(a, plain), key=lambda k: not k.startswith(FIRST))
         # Who has no teacher need not say how it would have been listened to.
-        if a.get("distill.alpha") == 0:
+        if not taught(a):
             keys = [k for k in keys if k not in ("distill.tau", "distill.kind", "distill.reduction")]
         head = [str(a[k]) for k in HEAD if any(k in differ(a, b) for b in flat)]
         text = [f"{k}={json.dumps(a[k])}".replace('"', "").removesuffix(".0") for k in keys]
@@ -329,11 +339,16 @@ def names(stage, rows, most=3):
         yield (name if short.count(name) == 1 else ", ".join(n)), list(values.values())
 
 
+def taught(flat):
+    """Whether a student has a teacher, by its modules or as a whole."""
+    return flat.get("distill.alpha") != 0 or flat.get("distill.finetune_alpha", 0) != 0
+
+
 def spent(run, role, unit):
     """(own, before): seconds (unit 0) or TMAC (unit 1) of the stages that are a role's own, and of those it builds on."""
     own, before = STAGES[role]
-    if role == "student" and not run["config"]["distill"]["alpha"]:
-        before = ["meta"]  # without distillation nobody listens to the teacher
+    if role == "student" and not taught(models.flatten(run["config"])):
+        before = ["meta"]  # nobody listens to the teacher
     return [sum(run["cost"][stage][unit] for stage in stages if stage in run["cost"]) for stages in (own, before)]
 
 

@@ -50,11 +50,9 @@ def main():
     # compared by the config as a whole.) A baseline is trained as the student is, so it has the student's block of `train`.
     target = models.on_target(config, role)
     block = "student" if role.startswith("baseline") else role
-    c, d = dict(config["train"][block]), config["distill"]
+    c, d = models.plan(config, role)[0], config["distill"]
     # The paper finetunes the student with labels alone; here the whole teacher can go on teaching it.
     alpha = {"student": d["finetune_alpha"], "baseline_kd": d["alpha"]}.get(role, 0.0)
-    if role.startswith("baseline") and config["train"]["baseline_epochs"] is not None:
-        c["epochs"] = config["train"]["baseline_epochs"]
     process = data.setup(config["device"])
     device, main_process = process.device, process.rank == 0
 
@@ -81,6 +79,8 @@ def main():
     model.to(device)
     teacher = None
     if alpha:
+        if models.new_classes(config):
+            raise models.UserError(f"role={role} needs a teacher that knows the classes of `target`; here it knows those of `data`.")
         teacher = models.build(target, "teacher").to(device).requires_grad_(False).eval()
         models.load_weights(teacher, models.needed(config, "teacher"))
     optimizer = models.optimizer(model, c)
@@ -91,6 +91,7 @@ def main():
     own = sums[process.rank]
     training = {role: (model, optimizer, sums)}
     step = models.resume(config, process, name, resumed, training)
+    data.broadcast_weights(training, process)
     compiled = torch.compile(model) if config["compile"] else model
     models.announce(process, stage, training, len(train), c, steps, total_batch, step)
 
@@ -99,7 +100,7 @@ def main():
         model.train()
         batches = data.train_batches(train, target, block, epoch, process, start_step=first)
         bar = tqdm(batches, f"{stage} {epoch + 1}/{c['epochs']}", (steps - first) * c["accumulate"],
-                   disable=models.quiet(process), leave=False)
+                   disable=process.rank > 0 or None, leave=False)
         for k, (images, targets) in enumerate(bar):
             # Drop path, code jitter and the like are a function of the step: no random state to save.
             models.seed_noise(config, stage, step, k % c["accumulate"], process.rank)
@@ -114,7 +115,7 @@ def main():
             total = loss + models.regularizer(model, config)
             (total / c["accumulate"]).backward()
             correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
-            own += torch.stack([loss.detach() * len(images), correct, correct.new_tensor(len(images))])
+            own += torch.stack([loss.detach() * len(images), correct, torch.full_like(correct, len(images))])
             if (k + 1) % c["accumulate"]:
                 continue
 
@@ -141,6 +142,8 @@ def main():
                                        seconds=(time.time() - began) / len(training))
         # The checkpoint before the log: it holds the lines too, and what the log lacks after a kill it gets on resume.
         models.save_unfinished(config, process, stage, name, training, step, lines)
+        if words.force and main_process:  # from here on the repetition is an unfinished stage like any other
+            models.remove(config, f"{role}.pt")
         models.add_log(config, process, lines)
         models.leave(process, data.stop_asked(process))
 

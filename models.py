@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -241,7 +242,7 @@ class ViT(nn.Module):
                            for i, (depth, end) in enumerate(zip(depths, ends)))
 
     def hidden_states(self, images):
-        """[h_0 … h_{L-1}]: h_0 the images, h_i = M_i … M_1(images): what module i+1 takes in.
+        """[h_0 … h_{L-1}]: h_0 the images, h_i = M_i … M_1(images): what parts[i], module i+1 of the text, takes in.
 
         One run over a batch serves the modules of all L places.
         """
@@ -490,8 +491,12 @@ class LatentAttention(nn.Module):
         if log_k is not None:
             # one kernel for all heads: the graph says who may talk, the heads about what
             log_k = log_k.to(q.dtype).view(-1, 1, *log_k.shape[-2:])  # 1 or B, 1 U V
-        if log_k is None or q.is_cuda:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_k)
+        if log_k is None:
+            x = F.scaled_dot_product_attention(q, k, v)
+        elif q.is_cuda:
+            # Of CUDA's kernels the one that gives the mask a gradient, and what stands in for it.
+            with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+                x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_k)
         else:
             # On a CPU no fused attention gives the kernel a gradient, and what stands in for it keeps the scores twice.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # B h U V
@@ -522,7 +527,8 @@ def log_kernel(delta, bandwidth, truncate=True, sample=0):
     cut = delta.detach() > TRUNCATION if truncate else None
     if not sample:
         logs = -delta / bandwidth
-        # −1e30 and not −∞: a receiver all of whose pairs are truncated then hears all alike, and not NaN
+        # −1e30 (in training about −32, below) weighs 0 in the softmax; with −∞ a receiver all of whose pairs are truncated
+        # would get NaN, and so it hears all alike.
         return logs.masked_fill(cut, -1e30) if truncate else logs
     kernel = torch.exp(-delta / bandwidth)
     if truncate:
@@ -618,6 +624,7 @@ class NAC(nn.Module):
         # Who sends is the same in all rounds: input latents and mediators.
         sender_codes = torch.cat([inputs.codes, mediators.codes])  # V C, V = U_in + U
         sender_signatures = torch.cat([inputs.signatures, mediators.signatures])
+        # Stitch j stands after module j. Where they were dropped the iterator is empty, and each next() is the identity.
         B, stitch = len(images), iter(self.stitches)
 
         # The image is read once, by the input latents; their states stay as they are from then on.
@@ -708,7 +715,7 @@ def hinge_repulsion(nac, threshold=0.4):
     s = torch.cat([latents.signatures for latents in (nac.input_latents, nac.mediator_latents, nac.output_latents)])
     # −Σ δ over pairs u < v with δ < threshold: each pair counts once, and one that is far enough not at all
     delta = distance(s, s)
-    return -delta[(delta < threshold).triu(1)].sum()
+    return -(delta * (delta < threshold).triu(1)).sum()
 
 
 def match_rows(cost, capacity):
@@ -838,19 +845,16 @@ class NACModule(nn.Module):
             (self.read_out if i == last else self.propagator).attention.bandwidth.requires_grad_(False)
 
         # These buffers are not in the state dict: like all initial values they are a function of the seed.
-        codes = stand_in.codes.detach().clone()
-        if mode != "own":
-            codes = torch.randn_like(codes[:1] if mode == "original" else codes)
-        self.register_buffer("token_codes", codes, persistent=False)
-        if listeners is None:
-            self.codes = None
-        elif mode == "own":
+        draw = lambda latents: torch.randn_like(latents.codes[:1] if mode == "original" else latents.codes)
+        token_codes = stand_in.codes.detach().clone() if mode == "own" else draw(stand_in)
+        self.register_buffer("token_codes", token_codes, persistent=False)
+        if listeners and mode == "own":
             # Two modules may not pull at one tensor, for each is trained alone. The mediators' codes are also those of the
-            # tokens in later modules, so the first propagator leaves them be.
+            # tokens in later modules, so the first propagator leaves them be. (This freezes them in the NAC itself, which
+            # here only lends its parameters: finetune.py builds another, in which all learns.)
             self.codes = listeners.codes.requires_grad_(i != 1)
         else:
-            codes = listeners.codes[:1] if mode == "original" else listeners.codes
-            self.register_buffer("codes", torch.randn_like(codes), persistent=False)
+            self.register_buffer("codes", listeners and draw(listeners), persistent=False)
         if mode == "original":
             self.register_buffer("states", torch.randn(1, 1, nac.seeder.mu.out_features), persistent=False)
         elif listeners is not None:
@@ -902,9 +906,11 @@ def cut(model, config, role):
             parts = [NACModule(model, i, config["distill"]["codes"]) for i in range(len(model.propagators) + 2)]
         else:
             parts = model.parts
-        # Kept stitches are part of the assembled student, so they are trained in place, as the other weights are.
-        kept = len(model.stitches) and config["distill"]["stitches"] == "keep"
-        pairs = model.stitches if kept else [new_stitches(model, config) for _ in parts[1:]]
+        pairs = nn.ModuleList(new_stitches(model, config) for _ in parts[1:])
+    # Kept stitches are part of the assembled student, so they are trained in place, as the other weights are.
+    if len(model.stitches) and config["distill"]["stitches"] == "keep":
+        model.stitches.load_state_dict(pairs.state_dict())
+        pairs = model.stitches
     pre = [nn.Identity()] + [pair.pre for pair in pairs]
     post = [pair.post for pair in pairs] + [nn.Identity()]
     return [Stitched(*three) for three in zip(parts, pre, post)]
@@ -968,6 +974,12 @@ def on_target(config, role):
     return {**config, "data": {**config["data"], **target}}
 
 
+def new_classes(config):
+    """Whether `target` has other classes than `data`, so that what knows the one cannot tell the other."""
+    target = on_target(config, "student")["data"]
+    return any(target[key] != config["data"][key] for key in ("set", "root", "classes"))
+
+
 def modules_of(config):
     """L, the number of modules: that of the meta model's `depths`."""
     return len(config["meta"]["depths"])
@@ -1023,7 +1035,7 @@ TEXTS = (lambda v: type(v) is list and all(type(x) is str for x in v)), "a list 
 CLASSES = {"glyphs": 24, "lower_case": 14, "fashion_mnist": 10, "tiny_imagenet": 200, "imagenet": 1000, "cifar100": 100,
            "cub": 200}
 DRAWN = ("glyphs", "lower_case")  # sets of any size, drawn by Pillow
-TRAIN_IMAGES = {"glyphs": 5000, "fashion_mnist": 60000, "tiny_imagenet": 100000, "imagenet": 1281167,
+TRAIN_IMAGES = {"fashion_mnist": 60000, "tiny_imagenet": 100000, "imagenet": 1281167,
                 "cifar100": 50000, "cub": 5994}
 
 DATA_KEYS = {
@@ -1232,6 +1244,8 @@ def check_fit(c):
     for block in ("data", "target"):
         require(c[f"{block}.classes"] or c[f"{block}.set"] != "folder",
                 f"{block}.classes must be given for {block}.set=folder.")
+    for key in ("train_images", "test_images"):
+        require(c["data.set"] not in DRAWN or c[f"data.{key}"], f"data.{key}=0 draws no {c['data.set']}; say how many.")
     for role in ("meta", "teacher") + ("student",) * vmoe:
         depths, depth, width, heads, patch, experts, top_k, moe_blocks = (
             c[f"{role}.{key}"] for key in ("depths", "depth", "width", "heads", "patch", "experts", "top_k", "moe_blocks"))
@@ -1262,6 +1276,8 @@ def check_fit(c):
             require(c[key] * 2 <= mediators, f"{key}={c[key]} leaves groups of fewer than two mediators.")
         require(c["student.graph_m"] < mediators,
                 f"student.graph_m={c['student.graph_m']} must be below the number of mediators.")
+    require(not c["distill.finetune_alpha"] or not new_classes(unflatten(c)),
+            "distill.finetune_alpha needs a teacher that knows the classes of `target`; here it knows those of `data`.")
     ways, shots, few = c["few_shot.ways"], max(c["few_shot.shots"]), c["few_shot.set"]
     require(ways <= CLASSES.get(few, ways), f"few_shot.ways={ways} is more than the {CLASSES.get(few)} classes of {few}.")
     require(few not in DRAWN or c["few_shot.images"] // CLASSES[few] >= 4 * shots,
@@ -1447,7 +1463,7 @@ def load_weights(model, path):
 def join_modules(model, folder):
     """The state dict of a whole ViT from a folder with one file a module, whose blocks are numbered from 0 in each."""
     state, files = {}, {}
-    for file in sorted(file for file in Path(folder).glob("*.pt*") if "unfinished" not in file.name):
+    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in (".pt", ".pth") and "unfinished" not in file.name):
         content = read(file)
         index = content.get("block_index", file.stem) if isinstance(content, dict) else None
         files[int(index) if str(index).isdecimal() else file.name] = unwrap(content, file)
@@ -1494,10 +1510,12 @@ MADE_FROM["distill"] = MADE_FROM["teacher"] + ["student", "distill", "train.dist
 MADE_FROM["assemble_student"] = MADE_FROM["distill"] + ["target"]
 MADE_FROM["student"] = MADE_FROM["assemble_student"] + ["train.student"]
 MADE_FROM["baseline"] = ["seed", "precision", "data", "target", "student", "train.student", "train.baseline_epochs"]
-MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
+MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + [
+    f"distill.{key}" for key in ("alpha", "tau", "kind", "reduction")]
 # what changes no result; and what does not matter yet where modules are distilled, or where they are assembled
 IDLE = tuple(f"{block}.{k}" for block in ("data", "target") for k in ("root", "workers", "test_images", "robustness"))
 LATER = {"assemble_student": ("student.start", "student.regularizer", "student.sbm", "distill.finetune_alpha")}
+LATER["baseline"] = LATER["baseline_kd"] = ("student.start",)
 LATER["distill"] = (*LATER["assemble_student"], "student.graph", "distill.stitches")
 
 
@@ -1665,7 +1683,8 @@ def add_log(config, process, lines):
         with open(path, "a+b") as file:
             file.seek(0)
             old = file.read()
-            file.truncate(old.rfind(b"\n") + 1)  # a disk that was full may have cut a line short; it comes again now
+            if not old.endswith(b"\n"):  # a disk that was full may have cut a line short; it comes again now
+                file.truncate(old.rfind(b"\n") + 1)
             file.write("".join(text for text in texts if text.encode() not in old).encode())
     except OSError as e:
         raise UserError(f"{path} cannot be written ({e}); all is saved: start again to go on.") from None
@@ -1781,7 +1800,8 @@ def leave(process, stop):
         launch = f"torchrun --nproc_per_node={local}" if local else "python"
         if local and process.world > local:
             launch += f" --nnodes={process.world // local} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
-        say(process, f"SIGTERM: saved; to go on: {launch} {shlex.join(sys.argv)}")
+        # What was to be repeated has begun: force would begin it once more.
+        say(process, f"SIGTERM: saved; to go on: {launch} {shlex.join(w for w in sys.argv if w != 'force=true')}")
         sys.exit(143)
 
 
@@ -1789,11 +1809,6 @@ def say(process, text):
     """Prints a line, on the first process only."""
     if text and process.rank == 0:
         print(text, flush=True)
-
-
-def quiet(process):
-    """Whether to leave out the progress bar: on all processes but the first, and where there is no terminal."""
-    return process.rank > 0 or not sys.stderr.isatty()
 
 
 def count(module):
@@ -1879,7 +1894,7 @@ def dry_run(config):
         known = (f"{images:,}", steps, f"{steps * batch / 1e6:.2f} M", f"{work / 1e12:,.3g}") if images else "????"
         print(f"{stage:8}{parameters:12,}{known[0]:>11}{c['epochs']:7}{known[1]:>9}{batch:7}{known[2]:>9}  "
               f"{c['lr'] * batch / 512:7.2g} → {low:<8.2g}{state / 2**30:6.2f}{activations / 2**30:12.2f}{known[3]:>11}")
-    print("images: of the whole set, data.root is not read; batch: of all processes and one step; seen: images in all, with\n"
+    print("images: of an epoch, data.root is not read; batch: of all processes and one step; seen: images in all, with\n"
           "augmented copies; GiB of a process in float32: state: weights, gradients, AdamW's moments; activations: what\n"
           "the backward pass needs (bfloat16 with fused attention: half); TMAC: 10^12 multiply-adds, forward and backward")
 
@@ -1903,9 +1918,14 @@ def cost(config, stage):
     alone = stage == role  # a whole model, not modules in the meta model
     taught = {"distill": d["alpha"], "baseline_kd": d["alpha"], "student": d["finetune_alpha"]}.get(stage, 0) > 0
     c = on_target(config, role) if alone else config
-    # Without weights a mixture cannot route tokens: a dense MLP that does the same work stands in for it.
-    dense = {**c, **{r: {**c[r], "experts": 0, "mlp_ratio": c[r]["mlp_ratio"] * c[r]["top_k"]}
-                     for r in ("meta", "teacher", "student") if c[r]["experts"]}}
+
+    def dense(model):
+        """Without weights a mixture cannot route tokens: a dense MLP that does the same work takes its place."""
+        for block in getattr(model, "blocks", ()):
+            if hasattr(block, "moe"):
+                _, hidden, width = block.moe.fc1_weight.shape
+                block.moe = Mlp(width, hidden * block.moe.top_k)
+        return model
 
     def one_step(images):
         """-> multiply-adds of a step on so many images, and the bytes that each module's hybrid keeps for its backward."""
@@ -1932,13 +1952,13 @@ def cost(config, stage):
         return counter.get_total_flops() / 2, kept
 
     with torch.device("meta"):
-        modules = [build(c, role)] if alone else cut(build(c, role), c, role)
-        stand_ins = [build(dense, role)] if alone else cut(build(dense, role), dense, role)
-        meta, teacher = (build(dense, r).requires_grad_(False) for r in ("meta", "teacher"))
+        whole = build(c, role)
+        parameters = sum(map(count, [whole] if alone else cut(whole, c, role)))
+        stand_ins = [dense(whole)] if alone else cut(dense(whole), c, role)
+        meta, teacher = (dense(build(c, r)).requires_grad_(False) for r in ("meta", "teacher"))
         weights = {p.untyped_storage()._cdata for m in (*stand_ins, meta, teacher) for p in m.parameters()}
         # Of one image and of two: what is computed from codes and signatures alone does not grow with the batch.
         (work, kept), (work_two, kept_two) = one_step(1), one_step(2)
-        parameters = sum(map(count, modules))
         frozen = sum(count(build(c, r)) for r, used in (("meta", not alone), ("teacher", taught)) if used)
 
     block, images = plan(config, stage)
