@@ -115,6 +115,10 @@ def test_a_mixture_counts_the_experts_that_a_token_uses():
     config = models.load_config(DEMOS[1])
     c = {**config["student"], "experts": 0, "mlp_ratio": 2 * config["student"]["mlp_ratio"]}
     assert models.multiply_adds(config, "student") == models.multiply_adds({**config, "student": c}, "student") > 0
+    # experts in one of three blocks; the MLPs of the other two (17 tokens, 2 layers of 48·48) are not doubled
+    some = {**config, "student": {**config["student"], "moe_blocks": [0]}}
+    images = 4 * (5000 // 64 * 64)
+    assert models.multiply_adds(config, "student") - models.multiply_adds(some, "student") == images * 2 * trained(17 * 2 * 48 * 48)
 
 
 def test_a_depthwise_convolution_costs_each_channel_its_own_filter():

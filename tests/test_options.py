@@ -52,6 +52,26 @@ def finetuned(distilled, *words):
     return weights(Path(dict(word.split("=") for word in words)["output_dir"], "student.pt"))
 
 
+def test_stitches_begin_alike_whether_they_will_be_kept_or_not(tmp_path):
+    start = []
+    for stitches in ("drop", "keep"):
+        config = models.load_config(write_config(tmp_path), [f"distill.stitches={stitches}"])
+        start.append([module.state_dict() for module in models.cut(models.build(config, "student"), config, "student")])
+    for drop, keep in zip(*start, strict=True):
+        assert drop.keys() == keep.keys() and all(torch.equal(drop[name], keep[name]) for name in drop)
+
+
+def test_a_classifier_is_carried_over_only_to_the_same_classes(distilled, tmp_path):
+    for target, fresh in ({"target.image_size": 24}, False), ({"target.set": "lower_case", "target.classes": 4}, True):
+        words = [f"share={distilled.parent / 'run'}", f"output_dir={tmp_path / str(fresh)}",
+                 *(f"{key}={value}" for key, value in target.items())]
+        assert ("head.weight" in run("assemble", distilled, *words)) == fresh
+        # nor can a teacher of the ones tell the others
+        text = run("assemble", distilled, *words, "distill.finetune_alpha=0.5", "force=true", expect=2 * fresh)
+        assert ("finetune_alpha" in text) == fresh
+    assert "role=baseline_kd" in run("finetune", distilled, *words, "role=baseline_kd", expect=2)
+
+
 def test_with_finetune_alpha_1_the_student_learns_from_the_teacher_alone(distilled, tmp_path):
     result = {}
     for alpha in (1, 0.5):

@@ -86,7 +86,8 @@ def start(script, path, *words, before=None, env={}):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a command that ran in this process may have set its own
         torch.set_num_threads(1)
         warnings.simplefilter("error")  # our code gives none
-        models.remove = lambda config, name: None  # finished stages leave their last optimiser's state, to be compared
+        remove = models.remove  # finished stages leave their last optimiser's state, to be compared
+        models.remove = lambda config, name: "unfinished" in name or remove(config, name)
         if before:
             before()
         sys.argv = [str(ROOT / f"{script}.py"), "--config", str(path), *words]
@@ -328,6 +329,35 @@ def test_force_repeats_a_finished_stage_to_the_same_bits(done, tmp_path):
     for script, role in (("finetune", "baseline"), ("distill_module", "student")):
         assert "skipped" not in run(script, path, f"role={role}", "force=true")
         same_run(folder, done[1], script, role)
+
+
+@vmoe_only
+@pytest.mark.parametrize("script, role", [("finetune", "meta"), ("distill_module", "student")])
+def test_a_forced_stage_that_is_stopped_goes_on_where_it_stopped(done, tmp_path, script, role):
+    path, folder = beside(done, tmp_path, script, role)
+    run(script, path, f"role={role}")
+    finished = [folder / f for f in files_of(script, role) if "unfinished" not in f]
+    (folder / "log.jsonl").unlink()  # a repetition's lines follow those of the first time
+    # what is finished stays until the repetition has a checkpoint of its own
+    run(script, path, f"role={role}", "force=true", before=die(models, "learning_rate", 2), expect=-signal.SIGKILL)
+    assert all(file.exists() for file in finished)
+    text = run(script, path, f"role={role}", "force=true", before=die(models, "learning_rate", 2, signal.SIGTERM), expect=143)
+    assert text.endswith(f" role={role}\n") and not any(file.exists() for file in finished), text
+    assert "resumed at step 2" in run(script, path, f"role={role}")
+    same_run(folder, done[1], script, role)
+
+
+@vmoe_only
+def test_weights_given_by_checkpoint_are_scored_beside_the_runs_own(done, tmp_path):
+    path, folder = beside(done, tmp_path, "evaluate", "all")
+    other = write_config(tmp_path / "other")
+    run("finetune", other, "role=baseline", "train.student.epochs=0")
+    run("evaluate", path)
+    own = json.loads((folder / "results.json").read_text())
+    run("evaluate", path, f"checkpoint={tmp_path / 'other/run/baseline.pt'}")
+    results = json.loads((folder / "results.json").read_text())
+    assert results[:2] == own and [r["given"] for r in results] == [False, False, True, True]
+    assert "role=" in run("evaluate", path, "role=all", "checkpoint=other.pt", expect=2)
 
 
 @pytest.mark.parametrize("student", ["nac", pytest.param("vmoe", marks=pytest.mark.slow)])
