@@ -124,7 +124,7 @@ def few_shot(model, role, path, config, process, given):
         top1, top5 = accuracy.mean(0).tolist()
         # 95 % interval of a mean: ± 1.96 σ / √episodes. It is about the draw of episodes, not about the training's seed.
         interval = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
-        name = f"few-shot {f['set']} {shots} of {f['ways']}"
+        name = f"few-shot {f['set']} {shots}-shot {f['ways']}-way"
         if process.rank == 0:
             keep_result(Path(config["output_dir"]), {
                 "role": role, "set": name, "top1": top1, "top5": top5, "images": len(images), "checkpoint": str(path),
@@ -207,6 +207,12 @@ def report(words):
     if not runs:
         raise models.UserError(f"no results in {', '.join(map(str, folders)) or 'no folder'}: run evaluate.py first.")
     out = Path(out[0] if out else Path(os.path.commonpath([run["folder"] for run in runs]), "report"))
+    first = {}  # run by what it was made with
+    for run in runs:
+        for role, top1 in run["top1"].items():
+            other = first.setdefault((role, *row(run["config"], role)), run)
+            if other["top1"][role].get("test", top1.get("test")) != top1.get("test"):
+                print(f"{run['folder']}: its {role} has the settings and seed of {other['folder']}'s, and other figures; left out")
     tables = [results_table(runs), costs_table(runs), circuits_table(runs)]
     text = "\n\n".join("\n".join(lines) for lines in tables if lines)
     print(f"\n{text}\n\n{out / 'report.md'}")
@@ -304,7 +310,7 @@ def row(config, stage):
 
 
 def grouped(runs, stage, value):
-    """{settings: {seed: value(run)}} of the runs whose value is not None."""
+    """{settings: {seed: value(run)}} of the runs whose value is not None; of runs with equal settings and seed the first."""
     rows = {}
     for run in runs:
         if (v := value(run)) is not None:
@@ -347,6 +353,8 @@ def taught(flat):
 def spent(run, role, unit):
     """(own, before): seconds (unit 0) or TMAC (unit 1) of the stages that are a role's own, and of those it builds on."""
     own, before = STAGES[role]
+    if role == "student" and run["config"]["student"]["start"]:
+        own, before = ["student"], []  # what its weights took elsewhere is not known here
     if role == "student" and not taught(models.flatten(run["config"])):
         before = ["meta"]  # nobody listens to the teacher
     return [sum(run["cost"][stage][unit] for stage in stages if stage in run["cost"]) for stages in (own, before)]
@@ -356,13 +364,20 @@ def results_table(runs):
     """Lines of a Markdown table: accuracy as mean ± sample std over seeds, and what training cost."""
     sets = list(dict.fromkeys(name for run in runs for top1 in run["top1"].values() for name in top1))
     lines = ["| model | " + " | ".join(f"{name} top-1 %" for name in sets)
-             + " | seeds | own s | s before | own TMAC | TMAC before |", "|---|" + "---|" * (len(sets) + 5)]
+             + " | seeds | test, against the plain row | own s | s before | own TMAC | TMAC before |",
+             "|---|" + "---|" * (len(sets) + 6)]
     for role in ROLES[:-1]:
         rows = grouped(runs, role, lambda run: (run["top1"][role], *spent(run, role, 0), *spent(run, role, 1))
                        if role in run["top1"] else None)
-        for name, values in names(role, rows):
-            top1, *costs = zip(*values)
+        named = {name: row for (name, _), row in zip(names(role, rows), rows.values())}
+        for name, values in named.items():
+            top1, *costs = zip(*values.values())
             cells = [mean_std([t[s] for t in top1 if s in t]) for s in sets] + [str(len(values))]
+            # Within each seed: seeds differ more from one another than most settings do.
+            plain = named.get(name.split(",")[0], values)
+            pairs = [(v[0].get("test"), plain[seed][0].get("test")) for seed, v in values.items() if seed in plain]
+            differences = [a - b for a, b in pairs if None not in (a, b)]
+            cells.append(mean_std(differences, "+") if differences and plain is not values else "")
             cells += [f"{statistics.mean(cost):{form}}" for cost, form in zip(costs, (".0f", ".0f", ".3g", ".3g"))]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -386,10 +401,10 @@ def circuits_table(runs):
     return lines and [title, "|---|---|---|", *lines]
 
 
-def mean_std(values):
+def mean_std(values, sign=""):
     if not values:
         return "–"
-    return f"{statistics.mean(values):.1f}" + (f" ± {std(values):.1f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):{sign}.1f}" + (f" ± {std(values):.1f}" if len(values) > 1 else "")
 
 
 def std(values):
@@ -528,8 +543,10 @@ def draw_cost(runs):
     """Test accuracy against the multiply-adds of all stages that went into a model: a point a row of the table."""
     points, curves = [], []
     for role in STAGES:
+        # not of students that began with weights from elsewhere, whose cost is not known
         rows = grouped(runs, role, lambda run: (sum(spent(run, role, 1)), run["top1"][role]["test"])
-                       if "test" in run["top1"].get(role, ()) else None)
+                       if "test" in run["top1"].get(role, ()) and not (role == "student" and run["config"]["student"]["start"])
+                       else None)
         budgets = {}  # rows that differ only in how long was trained make one curve
         for made, (name, values) in zip(rows, names(role, rows)):
             macs, top1 = zip(*values)

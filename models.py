@@ -1040,21 +1040,21 @@ TRAIN_IMAGES = {"fashion_mnist": 60000, "tiny_imagenet": 100000, "imagenet": 128
 
 DATA_KEYS = {
     "set": ("glyphs", one_of(*CLASSES, "folder")),
-    "root": ("", TEXT),
-    "image_size": (32, whole(1, 4096)),
+    "root": ("", TEXT),  # folder of the set's files; empty: where Debian's package of it puts them, if there is one
+    "image_size": (32, whole(1, 4096)),  # pixels: images are square
     "classes": (None, or_null(whole(2, MANY))),  # null: what the set has
     "train_images": (0, whole(0, 10**8)),  # how many to use, or to draw (glyphs); 0: all
     "validation_images": (1000, whole(1, 10**8)),  # held out from the training images; choices are made on them
-    "test_images": (0, whole(0, 10**8)),
+    "test_images": (0, whole(0, 10**8)),  # 0: all
     "robustness": ([], TEXTS),  # further test sets: renditions, or a folder of <class name>/*
     "pad": (0, whole()),  # random crop after padding by so many pixels
     "resized_crop": (None, or_null(numbers(number(0.001, 1), 2))),  # random resized crop: range of areas
-    "flip": (0.0, number(0, 1)),
+    "flip": (0.0, number(0, 1)),  # probability of a horizontal flip
     "randaugment": (0.0, number(0, 10)),  # magnitude; 9 in the paper
-    "erasing": (0.0, number(0, 1)),
-    "mixup": (0.0, number()),
-    "cutmix": (0.0, number()),
-    "smoothing": (0.0, number(0, 0.999)),
+    "erasing": (0.0, number(0, 1)),  # probability that a rectangle becomes noise
+    "mixup": (0.0, number()),  # α of Beta(α, α), from which the share of each of two images is drawn; 0: off
+    "cutmix": (0.0, number()),  # the same for the area of a box; with both on, a coin decides
+    "smoothing": (0.0, number(0, 0.999)),  # of labels: this much of the target is spread over all classes
     "repeats": (1, whole(1, 100)),  # repeated augmentation
     "workers": (4, whole(0, 256)),  # processes that read image files, per process that trains
 }
@@ -1062,16 +1062,16 @@ DATA_KEYS = {
 VIT_KEYS = {
     "arch": (None, or_null(one_of(*ARCHITECTURES))),  # fills patch, width, heads and depth
     "depth": (None, or_null(whole(1))),  # only a check: what depths must sum to
-    "patch": (8, whole(1, 4096)),
-    "width": (64, whole(1, MANY)),
-    "heads": (4, whole(1, MANY)),
+    "patch": (8, whole(1, 4096)),  # side in pixels
+    "width": (64, whole(1, MANY)),  # of a token
+    "heads": (4, whole(1, MANY)),  # of attention
     "depths": ([1, 1, 1], numbers(whole(1, 1000))),  # blocks of each module
-    "mlp_ratio": (4.0, number(0.01, 64)),
+    "mlp_ratio": (4.0, number(0.01, 64)),  # hidden width of MLPs, of experts and of a NAC's FFNs, in widths
     "qkv_bias": (True, FLAG),  # off in the original's ViT-Huge
     "eps": (1e-6, number(1e-12)),  # of the LayerNorms; 1e-5 in the original's ViT-Huge
     "init_std": (0.02, number(1e-6)),  # of the weights; DeiT's .02 suits widths from about 200 up, .1 widths near 64
     "experts": (0, whole(0, MANY)),  # 0: a plain MLP
-    "top_k": (2, whole(1)),
+    "top_k": (2, whole(1)),  # experts that a token goes to
     "moe_blocks": (None, or_null(numbers(whole()))),  # which blocks have experts; null: all
     "balance": (0.0, number()),  # weight of V-MoE's importance + load loss; .01 in V-MoE, 0 in m2mKD
     "capacity": (0.0, number()),  # V-MoE's capacity factor in training; 0: no limit
@@ -1086,9 +1086,9 @@ STAGE_KEYS = {
     "scale_min_lr": (False, FLAG),  # … unless this is on
     "warmup": (0, number()),  # epochs of linear warm-up from 1e-6
     "betas": ([0.9, 0.999], numbers(number(0, 0.9999), 2)),  # AdamW's
-    "weight_decay": (0.05, number()),
+    "weight_decay": (0.05, number()),  # AdamW's, on matrices
     "decay_all": (False, FLAG),  # also 1-d parameters and embeddings (the NAC's finetuning)
-    "drop_path": (0.0, number(0, 0.99)),
+    "drop_path": (0.0, number(0, 0.99)),  # stochastic depth: rate of the last block (of all, in a NAC)
     "clip": (0.0, number()),  # gradient norm; 0: none
     "images": (None, or_null(numbers(whole(), 2))),  # [first, stop) of the shuffled training images; null: all
     "wrong_labels": (0.0, number(0, 1)),  # this share of the images gets a random wrong label, the same one in every stage
@@ -1121,11 +1121,11 @@ KEYS = {
     "student.kind": ("nac", one_of("nac", "vmoe")),
     # the NAC's own keys; width, heads and mlp_ratio (of its FFNs) are shared with the ViT
     "student.latents": ([16, 32, 4], numbers(whole(1, MANY), 3)),  # input, mediator, output
-    "student.propagators": (1, whole(1, 1000)),
-    "student.head_width": (16, whole(1, MANY)),
+    "student.propagators": (1, whole(1, 1000)),  # L = propagators + 2
+    "student.head_width": (16, whole(1, MANY)),  # a NAC's heads need not divide its width
     "student.code_width": (None, or_null(whole(1, MANY))),  # null: width
     "student.signature_width": (64, whole(1, MANY)),
-    "student.tokenizer_stages": (2, whole(2)),
+    "student.tokenizer_stages": (2, whole(2)),  # of ConvNeXt blocks; the stride is 2^(stages + 1)
     "student.tokenizer_blocks": (3, whole(1, 1000)),
     "student.grid_width": (64, whole(1, MANY)),  # channels of the position grid
     "student.grid_size": (None, or_null(whole(1, 4096))),  # null: as many places as tokens
@@ -1140,7 +1140,7 @@ KEYS = {
     "few_shot.images": (0, whole()),  # of its test split; 0: all
     "few_shot.ways": (8, whole(2)),  # classes of an episode
     "few_shot.shots": ([1, 5], numbers(whole(1))),  # labelled images a class; three times as many are asked
-    "few_shot.episodes": (200, whole(2)),
+    "few_shot.episodes": (200, whole(2)),  # over which mean and interval are taken
 
     "distill.alpha": (0.5, number(0, 1)),  # loss = (1-α)·CE + α·KD
     "distill.tau": (1.0, number(0.01)),  # temperature

@@ -74,7 +74,7 @@ def test_the_command_keeps_mean_and_interval_and_any_number_of_processes_gives_t
         results.append(json.loads((tmp_path / "run/results.json").read_text()))
     test, one, two = results[0]
     assert "few-shot on lower_case, 3 ways, 2 shots: top-1" in text and "±" in text
-    assert (one["set"], two["set"]) == ("few-shot lower_case 1 of 3", "few-shot lower_case 2 of 3")
+    assert (one["set"], two["set"]) == ("few-shot lower_case 1-shot 3-way", "few-shot lower_case 2-shot 3-way")
     for few in (one, two):
         assert few["episodes"] == 20 and few["images"] == 140 and 0 < few["ci95"] < 20 and few["top5"] == 100
     for a, b in zip(*results):
@@ -110,7 +110,7 @@ def test_the_sets_of_the_paper_are_asked_at_the_model_s_size(tmp_path, name, wri
     run("finetune", path, "role=meta")
     run("evaluate", path, "role=meta")
     few = json.loads((tmp_path / "run/results.json").read_text())[1:]
-    assert [r["set"] for r in few] == [f"few-shot {name} {shots} of 3" for shots in (1, 2)]
+    assert [r["set"] for r in few] == [f"few-shot {name} {shots}-shot 3-way" for shots in (1, 2)]
     assert all(r["images"] == images and 0 <= r["top1"] <= 100 for r in few)
     assert "few_shot" in run("evaluate", path, "role=meta", "few_shot.ways=6", expect=2)
 

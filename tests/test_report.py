@@ -74,6 +74,15 @@ def test_seeds_are_one_row_of_mean_and_sample_std_and_other_settings_another(tmp
     assert cells(lines, "student")[:3] == ["85.0 ± 5.6", "–", "3"]
     # without a teacher its temperature is not worth a word
     assert cells(lines, "student, distill.alpha=0")[:3] == ["70.0", "30.0", "1"]
+    # against the plain row, seed by seed: 70 − 80 of seed 0; of seeds 0 and 2 −10 and −13, mean −11.5, std 2.1
+    assert cells(lines, "student, distill.alpha=0")[3] == "-10.0" and cells(lines, "student")[3] == ""
+    run(tmp_path / "c", {"student": {"test": 78.0}}, {}, "distill.alpha=0", "distill.tau=4", "seed=2")
+    run(tmp_path / "d", {"student": {"test": 99.0}}, {}, "distill.alpha=0", "distill.tau=4", "seed=9")  # not in the plain row
+    assert cells(report(capsys, *sorted(tmp_path.iterdir())), "student, distill.alpha=0")[3] == "-11.5 ± 2.1"
+    # other figures of the same settings and seed are left out, and named
+    run(tmp_path / "e", {"student": {"test": 1.0}}, {}, "seed=1")
+    lines = report(capsys, *sorted(tmp_path.iterdir()))
+    assert cells(lines, "student")[0] == "85.0 ± 5.6" and any("other figures" in l and str(tmp_path / "e") in l for l in lines)
     written = (tmp_path / "report/report.md").read_text().splitlines()
     assert written == [line for line in lines if line.startswith("|") or not line][1:-1]
 
@@ -119,22 +128,25 @@ def test_costs_are_a_models_own_and_those_of_all_before(tmp_path, capsys):
     config = run(tmp_path / "a", {"student": {"test": 80.0}, "baseline": {"test": 10.0}}, stages)
     lines = report(capsys, tmp_path / "a")
     # own: 10 epochs of m2mKD and 2 of finetuning, 10·8 + 2·16; before: 10·(1 + 2 + 4)
-    assert cells(lines, "student")[1:] == ["1", "120", "300", "112", "70"]
-    assert cells(lines, "baseline")[1:] == ["1", "20", "0", "6", "0"]
+    assert cells(lines, "student")[1:] == ["1", "", "120", "300", "112", "70"]
+    assert cells(lines, "baseline")[1:] == ["1", "", "20", "0", "6", "0"]
     assert cells(lines, "incubate") == ["1", "100", "20"]
     # A run that shares stages counts them too, but not a stage of other settings.
     again = ["train.student.lr=1", f"share={tmp_path / 'a'}", "train.student.epochs=1"]
     run(tmp_path / "b", {"student": {"test": 80.0}}, {"student": 1}, *again)
     lines = report(capsys, tmp_path / "b")
-    assert cells(lines, "student")[1:] == ["1", "110", "300", "96", "70"]
+    assert cells(lines, "student")[1:] == ["1", "", "110", "300", "96", "70"]
     assert not [line for line in lines if line.startswith("| baseline")]
     # a longer baseline, counted at its own length
     run(tmp_path / "c", {"baseline": {"test": 10.0}}, {"baseline": 7}, "train.baseline_epochs=7")
-    assert cells(report(capsys, tmp_path / "a", tmp_path / "c"), "baseline, train.baseline_epochs=7")[4] == "21"
+    assert cells(report(capsys, tmp_path / "a", tmp_path / "c"), "baseline, train.baseline_epochs=7")[5] == "21"
     assert config["train"]["baseline_epochs"] is None
     # without a teacher: incubation and the teacher's training are not its cost
     run(tmp_path / "d", {"student": {"test": 80.0}}, stages, "distill.alpha=0")
-    assert cells(report(capsys, tmp_path / "d"), "student")[1:] == ["1", "120", "100", "112", "10"]
+    assert cells(report(capsys, tmp_path / "d"), "student")[1:] == ["1", "", "120", "100", "112", "10"]
+    # what weights from elsewhere took is not known: nothing but the finetuning is counted
+    run(tmp_path / "e", {"student": {"test": 80.0}}, stages, "student.start=other.pt")
+    assert cells(report(capsys, tmp_path / "e"), "student")[1:] == ["1", "", "20", "0", "32", "0"]
 
 
 def test_the_axes_map_is_where_the_ink_is():
@@ -268,7 +280,7 @@ def test_a_run_without_logs_and_of_an_older_config_is_reported(tmp_path, capsys)
     run(tmp_path / "new", {"student": {"test": 60.0}}, {}, "seed=1")
     lines = report(capsys, tmp_path / "old", tmp_path / "new", tmp_path / "nowhere")
     # a key it lacks is at its default: the same row
-    assert cells(lines, "student") == ["55.0 ± 7.1", "2", "0", "0", "0", "0"]
+    assert cells(lines, "student") == ["55.0 ± 7.1", "2", "", "0", "0", "0", "0"]
     assert [p.name for p in (tmp_path / "report").iterdir()] == ["report.md"]
 
 
