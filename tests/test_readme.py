@@ -27,3 +27,11 @@ def test_every_key_that_an_override_in_the_readme_sets_exists():
 
 def test_every_config_in_the_readme_exists():
     assert all((ROOT / name).is_file() for name in re.findall(r"configs/\w+\.yaml", README))
+
+
+def test_the_patch_fits_its_file():
+    patch = re.search(r"```diff\n--- a/(\w+\.py)\n.*?\n(@@.*?)```", README, re.S)
+    text = (ROOT / patch[1]).read_text()
+    for hunk in re.split(r"^@@.*\n", patch[2], flags=re.M)[1:]:
+        old = "".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] in " -")
+        assert text.count(old) == 1, old

@@ -471,6 +471,23 @@ def test_half_the_batch_in_two_processes_or_two_steps_is_the_whole_batch(done, t
             assert (a["top1"], a["val_top1"], a["step"]) == (b["top1"], b["val_top1"], b["step"])
 
 
+def test_processes_that_round_differently_train_the_same_weights(tmp_path):
+    def rounds_differently(rank):
+        build = models.build
+
+        def other(config, role):
+            model = build(config, role)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(1 + 1e-3 * rank)
+            return model
+        models.build = other
+
+    for name, before in (("a", None), ("b", rounds_differently)):
+        run_processes(2, "finetune", write_config(tmp_path / name), "role=baseline", "train.student.batch=4", before=before)
+    same_run(tmp_path / "a/run", tmp_path / "b/run", "finetune", "baseline")
+
+
 def test_same_seed_twice_gives_the_same_bits_with_workers_and_another_seed_does_not(tmp_path):
     words = ["role=baseline", "data.resized_crop=[0.5, 1]", "data.randaugment=9", "data.erasing=0.5", "data.repeats=2"]
     result = []
