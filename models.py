@@ -1244,8 +1244,6 @@ def check_fit(c):
     for block in ("data", "target"):
         require(c[f"{block}.classes"] or c[f"{block}.set"] != "folder",
                 f"{block}.classes must be given for {block}.set=folder.")
-    for key in ("train_images", "test_images"):
-        require(c["data.set"] not in DRAWN or c[f"data.{key}"], f"data.{key}=0 draws no {c['data.set']}; say how many.")
     for role in ("meta", "teacher") + ("student",) * vmoe:
         depths, depth, width, heads, patch, experts, top_k, moe_blocks = (
             c[f"{role}.{key}"] for key in ("depths", "depth", "width", "heads", "patch", "experts", "top_k", "moe_blocks"))
