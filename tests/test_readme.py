@@ -1,6 +1,8 @@
 """Promises of the README: the lines that it quotes stand in the files, and what it names is there."""
 
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +37,17 @@ def test_the_patch_fits_its_file():
     for hunk in re.split(r"^@@.*\n", patch[2], flags=re.M)[1:]:
         old = "".join(line[1:] + "\n" for line in hunk.splitlines() if line[0] in " -")
         assert text.count(old) == 1, old
+
+
+def test_every_command_of_the_readme_s_loops_has_a_config_that_is_accepted(tmp_path, monkeypatch):
+    loops = re.search(r"<summary><b>The commands.*?```\n(.*?)```", README, re.S)[1]
+    stubs = 'python() { echo "$@" >> all; }\nbash() { echo "$@" >> all; }\n'
+    subprocess.run(["bash", "-euc", stubs + loops], cwd=tmp_path, check=True)
+    commands = {line for line in (tmp_path / "all").read_text().splitlines() if re.search(r" seed=[13] ", line)}
+    assert len(commands) > 100
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # the runs that are shared
+    for script, *words in map(str.split, commands):
+        (config,) = (word for word in words if word.startswith("configs/"))
+        overrides = [w for w in words if w not in ("--config", config) and not w.startswith("role=")]
+        assert (ROOT / script).is_file()
+        models.load_config(ROOT / config, overrides)
