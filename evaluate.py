@@ -7,9 +7,9 @@
     python evaluate.py --config configs/demo_nac.yaml few_shot.set=cifar100 few_shot.root=FOLDER    on new classes, too
     python evaluate.py --report runs/demo_nac* [--out FOLDER]                 mean ± std over seeds, as Markdown and PNG
 
-Writes <output_dir>/results.json, a list of {role, set, top1, top5, images, checkpoint, given}; given: by checkpoint=, which the
-report leaves out. Every image of a set counts once, however many processes share it, and the last weights are scored,
-not the best on the way.
+Writes <output_dir>/results.json, a list of {role, set, top1, top5, images, checkpoint, given}; given: by checkpoint=, which
+the report leaves out. Every image of a set counts once, however many processes share it, and the last weights are
+scored, not the best on the way.
 Three parts: scoring · the report's tables (report.md) · its pictures (PNG). A single run's report is in <output_dir>/report,
 that of several in `report` in the folder that holds them.
 """
@@ -212,7 +212,8 @@ def report(words):
         for role, top1 in run["top1"].items():
             other = first.setdefault((role, *row(run["config"], role)), run)
             if other["top1"][role].get("test", top1.get("test")) != top1.get("test"):
-                print(f"{run['folder']}: its {role} has the settings and seed of {other['folder']}'s, and other figures; left out")
+                print(f"{run['folder']}: left out, for its {role} has the settings and seed of {other['folder']}'s, and other "
+                      "figures")
     tables = [results_table(runs), costs_table(runs), circuits_table(runs)]
     text = "\n\n".join("\n".join(lines) for lines in tables if lines)
     print(f"\n{text}\n\n{out / 'report.md'}")
@@ -543,10 +544,10 @@ def draw_cost(runs):
     """Test accuracy against the multiply-adds of all stages that went into a model: a point a row of the table."""
     points, curves = [], []
     for role in STAGES:
-        # not of students that began with weights from elsewhere, whose cost is not known
-        rows = grouped(runs, role, lambda run: (sum(spent(run, role, 1)), run["top1"][role]["test"])
-                       if "test" in run["top1"].get(role, ()) and not (role == "student" and run["config"]["student"]["start"])
-                       else None)
+        # What students that began with weights from elsewhere cost is not known.
+        known = [run for run in runs if role != "student" or not run["config"]["student"]["start"]]
+        rows = grouped(known, role, lambda run: (sum(spent(run, role, 1)), run["top1"][role]["test"])
+                       if "test" in run["top1"].get(role, ()) else None)
         budgets = {}  # rows that differ only in how long was trained make one curve
         for made, (name, values) in zip(rows, names(role, rows)):
             macs, top1 = zip(*values)

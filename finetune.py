@@ -80,7 +80,8 @@ def main():
     teacher = None
     if alpha:
         if models.new_classes(config):
-            raise models.UserError(f"role={role} needs a teacher that knows the classes of `target`; here it knows those of `data`.")
+            raise models.UserError(f"role={role} needs a teacher that knows the classes of `target`; here it knows those of "
+                                   "`data`.")
         teacher = models.build(target, "teacher").to(device).requires_grad_(False).eval()
         models.load_weights(teacher, models.needed(config, "teacher"))
     optimizer = models.optimizer(model, c)

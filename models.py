@@ -975,7 +975,8 @@ def on_target(config, role):
 
 
 def new_classes(config):
-    """Whether `target` has other classes than `data`, so that what knows the one cannot tell the other."""
+    """Whether `target` has other classes than `data`, so that what knows the one cannot tell the other. (The same set in
+    another folder counts as other classes: nobody has looked inside.)"""
     target = on_target(config, "student")["data"]
     return any(target[key] != config["data"][key] for key in ("set", "root", "classes"))
 
@@ -1461,7 +1462,9 @@ def load_weights(model, path):
 def join_modules(model, folder):
     """The state dict of a whole ViT from a folder with one file a module, whose blocks are numbered from 0 in each."""
     state, files = {}, {}
-    for file in sorted(file for file in Path(folder).iterdir() if file.suffix in (".pt", ".pth") and "unfinished" not in file.name):
+    for file in sorted(Path(folder).iterdir()):
+        if file.suffix not in (".pt", ".pth") or "unfinished" in file.name:
+            continue
         content = read(file)
         index = content.get("block_index", file.stem) if isinstance(content, dict) else None
         files[int(index) if str(index).isdecimal() else file.name] = unwrap(content, file)
