@@ -6,12 +6,12 @@
 Nothing is trained here; tensors are only copied. A teacher's modules fit one another as they are. A student's
 module was trained between two stitch layers, from the meta model's width to its own and back:
 
-    m2mKD    M_{i-1} ─ pre_i ─ S_i ─ post_i ─ M_{i+1}      M: meta model; no pre_0, no post_{L-1}
+    m2mKD    M_{i-1} ─ pre_i ─ S_i ─ post_i ─ M_{i+1}      M: meta model; no pre_0 and post_{L-1}
     drop     … S_i ─ S_{i+1} …                             without stitches; fine-tuning joins the modules
     keep     … S_i ─ post_i ─ pre_{i+1} ─ S_{i+1} …        both stay: S_{i+1} hears S_i through M's width
     fold     … S_i ─ (pre_{i+1} ∘ post_i) ─ S_{i+1} …      the same function as keep, as one affine map
 
-(Key assemble.stitches; fold is for a NAC only, because a V-MoE's stitches hold LayerNorms.) Every tensor of the
+(Key assemble.stitches; fold is for a NAC, because a V-MoE's stitches hold LayerNorms.) Every tensor of the
 whole model comes from the modules or is named here as fresh. A NAC's graph prior is fitted now. Right after
 assembly a student's accuracy is near chance: its modules have never met. finetune.py trains it.
 """

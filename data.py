@@ -9,11 +9,13 @@ Sections 1 to 4 go with the method; the others can wait until you need them. Two
 Axes: N images, B batch of one process, H = W image size, K classes. Images: uint8 N 3 H W.
 """
 
+import atexit
 import datetime
 import functools
 import gc
 import gzip
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -400,16 +402,18 @@ class _Requests:
 @functools.lru_cache(maxsize=1)
 def _loader(workers, pin_memory):
     """One loader for training and evaluation: its workers know no set, and live as long as the process."""
+    atexit.register(_end_workers)
     # A request is a batch already, hence batch_size=None. The generator is the loader's own, because it draws
     # a number for its workers, which must not move torch's global state.
     return DataLoader(_Views(), batch_size=None, sampler=_Requests(), num_workers=workers,
-                      persistent_workers=workers > 0, generator=torch.Generator(), pin_memory=pin_memory,
-                      worker_init_fn=_ignore_sigterm)
+                      persistent_workers=workers > 0, generator=torch.Generator(), pin_memory=pin_memory)
 
 
-def _ignore_sigterm(worker):
-    """A scheduler sends SIGTERM to all processes of a job. The training one saves, and needs its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _end_workers():
+    """Python would send SIGTERM and wait, but workers do not hear SIGTERM (see _read)."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as failed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _read(batches, options, view, device):
@@ -417,11 +421,22 @@ def _read(batches, options, view, device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = _loader(min(options["workers"], cores), device.type == "cuda")
     loader.sampler.items = ((images, options, view) for images in batches)
-    for images in loader:
-        if isinstance(images, UserError):
-            raise images
-        # From pinned memory, so that the next batch is copied to the GPU while it computes.
-        yield images.to(device, non_blocking=True)
+    try:
+        # Workers inherit a blocked SIGTERM. A scheduler sends it to all processes of a job, and the one that
+        # trains needs its workers until it has saved.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        views = iter(loader)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for images in views:
+            if isinstance(images, UserError):
+                raise images
+            # From pinned memory, so that the next batch is copied to the GPU while it computes.
+            yield images.to(device, non_blocking=True)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"{str(error).splitlines()[0]} If memory ran out, a smaller batch or fewer "
+                        "data.workers help; if /dev/shm is small (a container), data.workers=0.") from None
 
 
 def read_image(source):

@@ -66,7 +66,7 @@ def main():
     models.set_drop_path(whole, config["train"][name]["drop_path"])
     modules = models.cut(whole, config, role)
     students = {i: modules[i].to(process.device) for i in files}
-    stage = models.Stage(config, process, name, students, files, train)
+    stage, hybrids = models.Stage(config, process, name, students, files, train), {}
 
     for epoch in stage.epochs():
         for images, targets in stage.batches(epoch):
@@ -93,7 +93,11 @@ def main():
                 (total / stage.c["accumulate"]).backward()
                 stage.count(i, loss, logits, targets)
             stage.step()
-        stage.end_epoch(accuracy(meta, students, validation, config, process))
+        hybrids = accuracy(meta, students, validation, config, process)
+        stage.end_epoch(hybrids)
+    for i in [i for i, top1 in hybrids.items() if top1 < alone / 2]:
+        models.say(process, f"module {i}'s hybrid ends at {hybrids[i]} %, the meta model alone {alone} %: "
+                   f"train it longer (train.{name}.epochs)")
     stage.finish()
 
 

@@ -116,12 +116,12 @@ class MoE(nn.Module):
         self.fc2_bias = nn.Parameter(torch.zeros(experts, width))
 
     def forward(self, x):  # B N D
-        shape, k = x.shape, self.top_k
+        shape, k, kind = x.shape, self.top_k, x.device.type
         # Each token is routed by itself, whatever image it is from.
         x = x.reshape(-1, shape[-1])  # T D
-        logits = self.router(x)  # T E
-        # Float32 at least, because the auxiliary loss sums over all tokens of a batch.
-        logits = clean = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # Float32 at least: among bfloat16's 8 bits the k largest logits would often be ties.
+        with torch.autocast(kind, enabled=False):
+            logits = clean = self.router(x.to(torch.promote_types(x.dtype, torch.float32)))  # T E
         E = logits.shape[1]
         if self.training and self.balance:
             # V-MoE's noise ε ~ N(0, 1/E²): an expert that is nearly as good is tried too, and learns.
@@ -129,7 +129,6 @@ class MoE(nn.Module):
         # Softmax over the k chosen logits, as in the original m2mKD. V-MoE's gates are the k largest of a
         # softmax over all E experts, so they do not sum to 1.
         top, chosen = logits.topk(k)  # T k
-        gates = top.softmax(-1).to(x.dtype)
         if self.training and self.balance:
             self.aux = self.auxiliary_loss(clean, top[:, -1:])
 
@@ -137,19 +136,28 @@ class MoE(nn.Module):
         # Every expert is then two dense products over its own tokens, however uneven the shares.
         chosen = chosen.flatten()
         order = chosen.argsort(stable=True)
-        load = chosen.bincount(minlength=E)
+        one_hot = chosen[order, None] == torch.arange(E, device=x.device)  # T·k E
+        load = one_hot.sum(0)
         if self.training:
             self.load = load / len(chosen)
-        # Pair p belongs to token p // k. The loads go to the CPU for the split, which waits for the GPU.
-        weights = zip(self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
-        tokens = x[order // k].split(load.tolist())
-        out = [F.linear(F.gelu(F.linear(t, w1, b1)), w2, b2) for t, (w1, b1, w2, b2) in zip(tokens, weights)]
-        out = torch.cat(out)  # T·k D
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weights = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
+        w1, b1, w2, b2 = (p.to(dtype) for p in weights)
+        tokens = x.to(dtype).index_select(0, order // k)  # pair p belongs to token p // k
+        if dtype == torch.bfloat16:
+            # One kernel for all experts: their shares stay on the GPU, and nobody waits for it.
+            ends, one_hot = load.cumsum(0, dtype=torch.int32), one_hot.to(dtype)
+            hidden = F.gelu(F.grouped_mm(tokens, w1.transpose(1, 2), offs=ends) + one_hot @ b1)
+            out = F.grouped_mm(hidden, w2.transpose(1, 2), offs=ends) + one_hot @ b2
+        else:
+            parts = zip(tokens.split(load.tolist()), w1, b1, w2, b2)
+            out = torch.cat([F.linear(F.gelu(F.linear(t, u, a)), v, b) for t, u, a, v, b in parts])  # T·k D
         if self.training and self.capacity:
             # The sort is stable, so a pair's place in its expert's queue is its index less the first pair's.
             place = torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[chosen[order]]
             out = out * (place < math.ceil(self.capacity * len(order) / E))[:, None]
         # out_t = Σ_k g_k · expert_{e_k}(x_t), back in the tokens' order
+        gates = top.softmax(-1).to(out.dtype)
         out = out[order.argsort()].view(-1, k, shape[-1])  # T k D
         return (out * gates[..., None]).sum(1).view(shape)
 
@@ -205,7 +213,7 @@ class ViTModule(nn.Module):
     def forward(self, x):
         if self.first:
             x = self.patch_embed(x).flatten(2).transpose(1, 2)  # B N D
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # B 1+N D
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed  # B 1+N D
         for block in self.blocks:
             x = block(x)
         # Only the class token is classified.
@@ -388,7 +396,7 @@ class Tokenizer(nn.Module):
         grid = self.grid
         if grid.shape[1:] != x.shape[2:]:
             grid = F.adaptive_avg_pool2d(grid, x.shape[2:])
-        x = torch.cat([x, grid.expand(len(x), -1, -1, -1).to(x.dtype)], dim=1)  # B features+P H W
+        x = torch.cat([x, grid.expand(x.shape[0], -1, -1, -1).to(x.dtype)], dim=1)  # B features+P H W
         return x.flatten(2).transpose(1, 2)  # B V X
 
 
@@ -632,7 +640,7 @@ class NAC(nn.Module):
         sender_codes = torch.cat([inputs.codes, mediators.codes])  # V C, V = U_in + U
         signatures = torch.cat([inputs.signatures, mediators.signatures])  # V S
         # Stitch j stands after module j. Where they were dropped each next() is the identity.
-        B, stitch = len(images), iter(self.stitches)
+        B, stitch = images.shape[0], iter(self.stitches)
 
         # The image is read once, by the input latents; their states stay as they are from then on.
         x_in = self.read_in(self.seeder(inputs.codes, B), self.tokenizer(images), inputs.codes)  # B U_in D
@@ -1743,8 +1751,8 @@ class Stage:
         self.totals = {i: sums[3 * k:3 * k + 3] for k, i in enumerate(self.modules)}
         for i, (loss, *_) in self.totals.items():
             if not math.isfinite(loss):
-                raise UserError(f"{self.name}: the loss of {i} is not finite at step {self.number}; the checkpoint "
-                                "before it stays. A lower learning rate, warm-up or clipping may help.")
+                raise UserError(f"{self.name}: the loss of {i} is not finite at step {self.number}; the last "
+                                "good checkpoint stays. A lower learning rate or clipping may help.")
         self.bar.set_postfix_str(f"loss {sum(sums[::3]) / sum(sums[2::3]):.3f}, lr {self.lr:.1e}")
         return stop > 0
 

@@ -1,3 +1,7 @@
+"""What all tests share: where the code is, one thread, and the marker of tests that take minutes."""
+
+import functools
+import inspect
 import sys
 from pathlib import Path
 
@@ -7,6 +11,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # at the tests' sizes a second thread costs more than it gives
+
+import models  # noqa: E402
+
+# Each command puts its keys' source into its --help. Finding it takes half a second, so it is found once here.
+inspect.getsource = functools.cache(inspect.getsource)
+for block in models.BLOCKS.values():
+    inspect.getsource(block)
 
 
 def pytest_configure(config):
