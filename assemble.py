@@ -42,8 +42,13 @@ def assemble(config, role, process):
     # The modules share the whole model's parameters: reading a module's file fills its place in the whole.
     # Stitches are not shared. Dropped ones go with the modules; kept and folded ones are copied to the whole.
     modules = models.cut(whole, config, role)
+    folder = config["student"]["modules"] if role == "student" else None
     for i, module in enumerate(modules):
-        path = models.needed(config, "incubate" if role == "teacher" else "distill", f"{role}_modules/{i}.pt")
+        if folder:
+            path = models.module_files(folder, len(modules))[i]
+        else:
+            made_by = "incubate" if role == "teacher" else "distill"
+            path = models.needed(config, made_by, f"{role}_modules/{i}.pt")
         models.load_weights(module, path)
     models.join_stitches(whole, modules, config["assemble"]["stitches"])
 

@@ -67,10 +67,14 @@ class Data:
     smoothing: Annotated[float, 0, 0.999] = 0.0  # this much of a label is spread over all classes
     repeats: Annotated[int, 1, 100] = 1  # repeated augmentation: views of an image in an epoch
     workers: Annotated[int, 0, 256] = 4  # data-loader workers per process, at most one a core
+    # Subtracted from and divided by. null: what a given checkpoint tells, else ImageNet's; timm often wants
+    # half.
+    mean: Literal["imagenet", "half"] | tuple[Share, Share, Share] | None = None
+    std: Literal["imagenet", "half"] | tuple[Share, Share, Share] | None = None
 
 
-# ImageNet's mean and deviation serve every set: weights from elsewhere expect them.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = {"imagenet": (0.485, 0.456, 0.406), "half": (0.5, 0.5, 0.5)}
+STD = {"imagenet": (0.229, 0.224, 0.225), "half": (0.5, 0.5, 0.5)}
 
 # ---------- 2 Processes and device: plain `python` is one process; torchrun says in the environment which one
 
@@ -237,9 +241,10 @@ def _pool(options, split):
 # ---------- 4 Batches
 
 
-def normalize(images):
-    """uint8 … 3 H W -> float32, minus ImageNet's mean and divided by its deviation, on the images' device."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+def normalize(images, options):
+    """uint8 … 3 H W -> float32, minus the mean, divided by the std of the options, on the images' device."""
+    values = (table.get(str(options[key]), options[key]) for key, table in (("mean", MEAN), ("std", STD)))
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in values)
     # In place, because memory traffic is what takes the time.
     return (images / 255).sub_(mean).div_(std)
 
@@ -281,7 +286,8 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
         views = _read(([(imageset.source(order[p]), repr((*key, p))) for p in positions[m].tolist()]
                        for m in batches), options, augment, process.device)
     for m, images in zip(batches, views):
-        images, labels = normalize(images), imageset.labels[order[positions[m]]].to(process.device)
+        images = normalize(images, options)
+        labels = imageset.labels[order[positions[m]]].to(process.device)
         for image, p in zip(images, positions[m].tolist()) if options["erasing"] else ():
             erase(image, options["erasing"], random.Random(repr((*key, p, "erase"))))
         # Partners for mixup and cutmix come from the process's own batch, with a draw of its own, as in timm.
@@ -350,7 +356,7 @@ def eval_batches(imageset, config, process, batch=256):
         views = _read(([(imageset.source(i), i if imageset.rendition else None) for i in indices.tolist()]
                        for indices in batches), options, center_view, process.device)
     for indices, images in zip(batches, views):
-        yield normalize(images), imageset.labels[indices].to(process.device)
+        yield normalize(images, options), imageset.labels[indices].to(process.device)
 
 
 # ---------- 5 Few-shot episodes
@@ -538,8 +544,8 @@ def randaugment(image, magnitude, rng):
     return image
 
 
-# Color of what a rotation, shear or translation moves into the image: ImageNet's mean, 0 once normalized.
-FILL = tuple(round(255 * m) for m in MEAN)
+# Color of what a rotation, shear or translation moves into the image: ImageNet's mean.
+FILL = tuple(round(255 * m) for m in MEAN["imagenet"])
 
 
 def _affine(image, *matrix):

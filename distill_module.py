@@ -57,7 +57,7 @@ def main():
         # Does T fit this meta model? Far below M alone it does not; above M alone it has something to add.
         hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process)
         models.say(process, f"validation: meta model {alone} %, teacher hybrids {[*hybrids.values()]} %")
-        if min(hybrids.values()) < alone / 2:
+        if min(hybrids.values()) < alone / 2 and alone > 200 / config["data"]["classes"]:
             models.say(process, "warning: these teacher modules do not work inside this meta model; a "
                        "teacher that was not incubated in it has little to teach here")
     # The modules share the parameters of a whole model, so all start as they would in it. Each has an

@@ -20,6 +20,7 @@ import copy
 import difflib
 import fnmatch
 import functools
+import importlib
 import inspect
 import json
 import math
@@ -1066,11 +1067,16 @@ class Vit:
     moe_blocks: list[int] | None = None  # which blocks have experts; null: all
     balance: float = 0.0  # weight of V-MoE's importance + load loss; .01 in V-MoE, 0 in m2mKD
     capacity: float = 0.0  # V-MoE's capacity factor in training; 0: no limit
-    checkpoint: str | None = None  # weights from elsewhere; the stages that would make them are left out
+    checkpoint: str | None = None  # weights from elsewhere: FILE, FILE#KEY (an entry), a folder of modules
+
+
+class Teacher(Vit):
+    start: str | None = None  # a pretrained ViT to fine-tune with a new classifier, instead of modules
 
 
 class Student(Vit):  # width, heads and mlp_ratio also serve a NAC
     kind: Literal["nac", "vmoe"] = "nac"
+    modules: str | None = None  # a folder with a file a module, in place of all stages before assembly
     start: str | None = None  # weights to fine-tune in place of the assembled modules
     latents: tuple[Count, Count, Count] = [16, 32, 4]  # input, mediator, output
     propagators: Annotated[int, 1, 1000] = 1  # L = propagators + 2
@@ -1132,7 +1138,7 @@ class FewShot:
 
 # `target` is where the assembled student and its baselines train and are tested, if not on `data`: what is
 # not null there stands in for the same key of data. (Tiny-ImageNet students are distilled on ImageNet.)
-BLOCKS = {"": Run, "data.": data.Data, "target.": data.Data, "meta.": Vit, "teacher.": Vit,
+BLOCKS = {"": Run, "data.": data.Data, "target.": data.Data, "meta.": Vit, "teacher.": Teacher,
           "student.": Student, "distill.": Distill, "assemble.": Assemble, "few_shot.": FewShot,
           "train.student.": TrainStudent}
 BLOCKS |= {f"train.{stage}.": Train for stage in ("meta", "incubate", "teacher", "distill")}
@@ -1223,12 +1229,25 @@ def load_config(path, overrides=()):
         for key, value in zip(("patch", "width", "heads", "depth"), sizes):
             flat[f"{role}.{key}"] = given.get(f"{role}.{key}", value)
     config = unflatten(flat)
+    for key, value in told(config).items():
+        config["data"][key] = config["data"][key] or value
     for options in (config["data"], config["target"]):
         options["classes"] = options["classes"] or data.CLASSES.get(options["set"])
         if options["set"] == "folder" and not options["classes"]:
             options["classes"] = len(data.class_names(options))
     check_fit(config)
     return config
+
+
+def told(config):
+    """mean and std of the images that a given checkpoint was made for, if it tells, else ImageNet's."""
+    for path in given(config).values():
+        with contextlib.suppress(UserError):
+            content = read(path.partition("#")[0], whole=False)
+            own = content.get("config", {}).get("data") or content.get("pretrained_cfg") or {}
+            if own.get("mean") and own.get("std"):
+                return {key: v if isinstance(v := own[key], str) else list(v) for key in ("mean", "std")}
+    return {"mean": "imagenet", "std": "imagenet"}
 
 
 def check_fit(c):
@@ -1262,7 +1281,8 @@ def check_fit(c):
         require(student["width"] % 4 == 0, f"student.width={student['width']} is not a multiple of 4.")
         for key, n in (("graph_m", graph["graph_m"] + 1), ("graph_groups", 2 * graph["graph_groups"]),
                        ("block_groups", 2 * c["train"]["student"]["block_groups"])):
-            require(n <= mediators, f"{key} is too large for the {mediators} mediators of student.latents.")
+            fits_in = n <= mediators or graph["graph"] == "none"
+            require(fits_in, f"{key} is too large for the {mediators} mediators of student.latents.")
     for role, n in stride.items():
         for size in (c["data"]["image_size"], on_target(c, role)["data"]["image_size"]):
             require(size % n == 0, f"image_size={size} is not a multiple of {role}'s patch or stride {n}.")
@@ -1340,6 +1360,11 @@ def write(path, put):
             temporary.unlink(missing_ok=True)
 
 
+# What checkpoints hold beside tensors: arguments, and numpy's numbers.
+HARMLESS = [argparse.Namespace, np.dtype, *(type(np.dtype(kind)) for kind in np.typecodes["All"])]
+HARMLESS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+
+
 def read(path, whole=True):
     """A checkpoint's content; nothing in it is executed. `whole` compares checksums, which torch does not."""
     try:
@@ -1349,9 +1374,14 @@ def read(path, whole=True):
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():
                     raise ValueError(f"the checksum of its record {bad} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
+        if Path(path).suffix == ".safetensors":
+            return importlib.import_module("safetensors.torch").load_file(path)
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
     except Exception as e:  # pickle, zip and torch each have errors of their own for a broken or foreign file
+        code = re.search(r"GLOBAL (\S+)", str(e))
         reason = (str(e).splitlines() or [e])[0]
+        reason = f"it holds a {code[1]}, which could run code" if code else reason
         raise UserError(f"{path} is not a checkpoint that can be read: {reason}.") from None
 
 
@@ -1376,13 +1406,15 @@ def load_weights(model, path):
     also a folder with one file a module. A ViT's position grid of another image size is resized. Raises
     UserError naming the first tensor that is missing, unexpected or of another shape, and changes nothing.
     """
-    whole = Path(path).is_dir()
-    load_state(model, join_modules(model, Path(path)) if whole else unwrap(read(path), path), path)
+    load_state(model, join_modules(model, path) if Path(path).is_dir() else weights_in(path), path)
 
 
-def load_state(model, state, path):
-    """Loads a state dict of any naming into `model`. Raises UserError as load_weights does."""
+def load_state(model, state, path, new_head=False):
+    """Loads a state dict of any naming into `model`; with new_head the classifier stays. See load_weights."""
     state, own = translate(state, model), model.state_dict()
+    if new_head:
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        state |= {name: value for name, value in own.items() if name.startswith("head.")}
     if "pos_embed" in own and "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], own["pos_embed"].shape[1])
     for name, value in own.items():
@@ -1393,25 +1425,31 @@ def load_state(model, state, path):
             what, tensor = ("lacks the", own[name]) if name in own else ("has an unexpected", state[name])
             raise UserError(f"{path} {what} tensor {name} {tuple(tensor.shape)}.")
     for name, value in own.items():  # last, because a distilled DeiT is better known by its dist_token
-        shapes = tuple(state[name].shape), tuple(value.shape)
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{path}: the tensor {name} is {shapes[0]}, the model's {shapes[1]}.")
-    model.load_state_dict(state)
+        tensor = state[name]
+        if tensor.shape != value.shape or not tensor.is_floating_point():
+            kinds = (f"{tuple(t.shape)} of {t.dtype}" for t in (tensor, value))
+            raise UserError("{}: the tensor {} is {}, the model's {}.".format(path, name, *kinds))
+    if not next(iter(own.values())).is_meta:  # look_at only wants to know whether it fits
+        model.load_state_dict(state)
 
 
-def unwrap(content, path):
-    """The state dict in a checkpoint's content, whatever it is wrapped in. UserError if it is not finite."""
+def weights_in(path):
+    """The state dict in a file, whatever it is wrapped in, or that of the entry KEY for FILE#KEY."""
+    file, _, entry = str(path).partition("#")
+    content = read(file)
+    if entry and isinstance(content, dict):
+        content = content.get(entry, {f"no {entry}, but {', '.join(map(str, content))}": None})
     for key in ("model", "state_dict", "block_state_dict", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
 
     def dense(value):
-        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
-        return plain and value.is_floating_point() and value.device.type == "cpu"
+        return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
     if not isinstance(content, dict) or not content or not all(
             isinstance(name, str) and dense(value) for name, value in content.items()):
-        raise UserError(f"{path} holds no state dict (names to dense tensors of floating-point numbers).")
+        keys = ", ".join(map(str, content))[:200] if isinstance(content, dict) else type(content).__name__
+        raise UserError(f"{path} holds no state dict (names to dense tensors), but {keys or 'nothing'}.")
     return check_weights(content, path)
 
 
@@ -1423,21 +1461,50 @@ def check_weights(state, what):
     return state
 
 
+def module_files(folder, count):
+    """[a module's file, …] of a folder: 0.pt …; the original's ReadInStudent.pth, MediatorStudent_1.pth …,
+    ReadOutStudent.pth; any name that ends in the module's number; or such a folder's
+    finished_checkpoint.pth."""
+    files = {}
+    found = [*Path(folder).glob("*.pt*"), *Path(folder).glob("*/finished_checkpoint.pt*")]
+    for file in [file for file in found if "unfinished" not in file.name]:
+        name = file.parent.name if file.stem == "finished_checkpoint" else file.stem
+        name = name.replace("ReadInStudent", "0").replace("ReadOutStudent", str(count - 1))
+        number = re.search(r"\d+$", name)
+        files[int(number[0]) if number else name] = file
+    if set(files) != set(range(count)):
+        raise UserError(f"{folder} must hold a file for each of the modules 0 to {count - 1}, but it holds "
+                        f"{sorted(map(str, files))}.")
+    return [files[i] for i in range(count)]
+
+
 def join_modules(model, folder):
     """The state dict of a whole ViT from a folder with a file a module, with blocks numbered from 0."""
-    state, files, parts, first = {}, {}, getattr(model, "parts", ()), 0
-    for file in sorted(folder.glob("*.pt*")):
-        content = read(file)
-        index = str(content.get("block_index", file.stem) if isinstance(content, dict) else None)
-        files[int(index) if index.isdecimal() else file.name] = unwrap(content, file)
-    if not parts or set(files) != set(range(len(parts))):
-        raise UserError(f"{folder} is a folder: it must hold a file for each of the modules 0 to "
-                        f"{len(parts) - 1} of a ViT, but it holds {sorted(map(str, files))}.")
-    for i, part in enumerate(parts):  # first: the number in the whole of a module's first block
-        for name, value in files[i].items():
+    state, parts, first = {}, getattr(model, "parts", ()), 0
+    for part, file in zip(parts, module_files(folder, len(parts))):
+        for name, value in weights_in(file).items():
+            # first: the number in the whole of the module's first block
             state[re.sub(r"^blocks\.(\d+)", lambda k: f"blocks.{first + int(k[1])}", name)] = value
         first += len(part.blocks)
     return state
+
+
+def look_at(config):
+    """Reads every given file and fits it into its model, before anything is trained. Raises UserError."""
+    def empty(config, role):
+        with torch.device("meta"):
+            return build(config, role)
+
+    for key, path in given(config).items():
+        role = key.partition(".")[0]
+        if key == "student.modules":
+            modules = cut(empty(config, role), config, role)
+            for module, file in zip(modules, module_files(path, len(modules))):
+                load_weights(module, file)
+        elif key == "teacher.start":
+            load_state(empty(config, role), weights_in(path), path, new_head=True)
+        else:
+            load_weights(empty(on_target(config, role), role), path)
 
 
 def resize_pos_embed(pos_embed, tokens):
@@ -1453,7 +1520,8 @@ def resize_pos_embed(pos_embed, tokens):
 
 # The original's names -> ours, in this order.
 ORIGINAL_NAMES = [(re.compile(pattern), ours) for pattern, ours in [
-    (r"^module\.", ""), (r"^latent_graphs\.0\.", ""), (r"(codes|signatures)_$", r"\1"),
+    (r"_orig_mod\.", ""), (r"^((module|model)\.)+", ""), (r"^latent_graphs\.0\.", ""),
+    (r"(codes|signatures)_$", r"\1"),
     (r"^latent_seeder\.", "seeder."), (r"code_to_state_", ""),
     (r"(^|\.)(read_in|latent)_attention\.", r"\1attention."), (r"attention\.kernel\.", "attention."),
     (r"(sender|receiver)_layernorm", r"\1_norm"), (r"(^|\.)layernorm\.", r"\1norm."),
@@ -1510,13 +1578,32 @@ MADE_FROM = {"meta": ["seed", "precision", "data", "meta", "train.meta"]}
 MADE_FROM["incubate"] = MADE_FROM["assemble_teacher"] = MADE_FROM["meta"] + ["teacher", "train.incubate"]
 MADE_FROM["teacher"] = MADE_FROM["incubate"] + ["train.teacher"]
 MADE_FROM["distill"] = MADE_FROM["teacher"] + ["student", "distill", "train.distill"]
-MADE_FROM["assemble_student"] = MADE_FROM["distill"] + ["assemble", "target"]
+MADE_FROM["assemble_student"] = MADE_FROM["distill"] + ["assemble", "target", "student.modules"]
 MADE_FROM["student"] = MADE_FROM["assemble_student"] + ["train.student", "student.start"]
 MADE_FROM["baseline"] = ["seed", "precision", "data", "target", "student", "assemble", "train.student",
                          "train.baseline_epochs"]
 MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
 # What changes no result, and what only the stage that names it uses.
-LEFT_OUT = re.compile(r"(data|target)\.(root|workers|test_images|robustness)$|student\.start$")
+LEFT_OUT = re.compile(r"(data|target)\.(root|workers|test_images|robustness)$|student\.(start|modules)$")
+
+
+def given(config):
+    """{key: path} of the weights from elsewhere that a config names."""
+    keys = ("meta.checkpoint", "teacher.checkpoint", "teacher.start", "student.modules", "student.start")
+    flat = flatten(config)
+    return {key: flat[key] for key in keys if flat[key]}
+
+
+@functools.cache
+def fingerprint(path):
+    """A given file or folder by its content, so that the same file elsewhere is the same setting."""
+    file, _, entry = path.partition("#")
+    crc, files = 0, [Path(file)] if Path(file).is_file() else sorted(Path(file).rglob("*.pt*"))
+    for one in files:
+        with open(one, "rb") as stream:
+            while chunk := stream.read(1 << 24):
+                crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}#{entry}" if files else path
 
 
 def settings(config, stage):
@@ -1525,7 +1612,8 @@ def settings(config, stage):
         blocks = [block for block in MADE_FROM[stage] if key == block or key.startswith(f"{block}.")]
         return key in blocks or blocks and not LEFT_OUT.match(key)
 
-    return {key: value for key, value in flatten(config).items() if counts(key)}
+    flat = {**flatten(config), **{key: fingerprint(path) for key, path in given(config).items()}}
+    return {key: value for key, value in flat.items() if counts(key)}
 
 
 def compare(old, new, path, config):
@@ -1610,12 +1698,20 @@ def announce(process, text):
 
 def stages(config):
     """What run.sh runs, in order, without the stages that make what is given: (script, role, stage)."""
-    teacher = [("distill_module.py", "teacher", "incubate"), ("assemble.py", "teacher", "assemble_teacher"),
-               ("finetune.py", "teacher", "teacher")]
-    student = [("distill_module.py", "student", "distill"), ("assemble.py", "student", "assemble_student")]
-    return ([("finetune.py", "meta", "meta")] * (not config["meta"]["checkpoint"])
-            + teacher * (not config["teacher"]["checkpoint"]) + student * (not config["student"]["start"])
-            + [("finetune.py", "student", "student"), ("finetune.py", "baseline", "baseline")])
+    known, taught = given(config), not (config["student"]["start"] or config["student"]["modules"])
+    frozen = taught or config["train"]["student"]["alpha"] > 0  # whether meta model and teacher have a use
+    incubated = frozen and not known.keys() & {"teacher.checkpoint", "teacher.start"}
+    needed = [
+        ("finetune.py", "meta", "meta", frozen and "meta.checkpoint" not in known),
+        ("distill_module.py", "teacher", "incubate", incubated),
+        ("assemble.py", "teacher", "assemble_teacher", incubated),
+        ("finetune.py", "teacher", "teacher", frozen and "teacher.checkpoint" not in known),
+        ("distill_module.py", "student", "distill", taught),
+        ("assemble.py", "student", "assemble_student", "student.start" not in known),
+        ("finetune.py", "student", "student", True),
+        ("finetune.py", "baseline", "baseline", True),
+    ]
+    return [stage[:3] for stage in needed if stage[3]]
 
 
 # ---------- Stage: what every training loop does besides its loss
@@ -1875,17 +1971,22 @@ def append(path, lines):
 
 def dry_run(config):
     """Builds every model of the config without weights and prints what each stage trains and takes."""
+    look_at(config)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    print("stage     parameters     images epochs     steps batch  learning rate     state GiB       TMAC")
+    print("stage     parameters     images epochs     steps batch  learning rate     state GiB       TMAC"
+          "   GPU hours")
     for stage in [name for script, _, name in stages(config) if script != "assemble.py"]:
         c, images = schedule(config, stage), images_of(config, stage)
         epochs, batch = c["epochs"], c["batch"] * world * c["accumulate"]
         parameters, state, macs = cost(config, stage)
         low = c["min_lr"] * (batch / 512 if c["scale_min_lr"] else 1)
+        hours = 2 * macs * epochs / 150e12 / 3600
         print(f"{stage:9}{parameters:12,}{images:11,}{epochs:7}{images // batch * epochs:10,}{batch:6}  "
-              f"{c['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}{macs * epochs / 1e12:11,.3g}")
+              f"{c['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}{macs * epochs / 1e12:11,.3g}"
+              f"{hours:12,.3g}")
     print("images: of an epoch; batch: of all processes and one step; state: weights, gradients and AdamW's\n"
-          "moments of a process in float32; TMAC: 10^12 multiply-adds of all epochs, forward and backward")
+          "moments of a process in float32; TMAC: 10^12 multiply-adds of all epochs, forward and backward;\n"
+          "GPU hours: at 150 TFLOP/s a GPU, of all GPUs together")
 
 
 def images_of(config, stage):

@@ -19,9 +19,13 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000} MALLOC_TOP_P
 
 for word in "$@"; do [ "$word" != --dry-run ] || exec "$python" "$here/finetune.py" --config "$config" "$@"; done
 
-# What is given (meta.checkpoint, teacher.checkpoint, student.start) is not trained.
+# Given weights are looked at first, and the stages that would make them are left out.
 stages=$("$python" -c "import sys; sys.path.insert(0, '$here'); import models
-models.run(lambda: [print(*stage[:2]) for stage in models.stages(models.command_line('', ['all'])[0])])" \
+def main():
+    config, _ = models.command_line('', ['all'])
+    models.look_at(config)
+    for script, role, _ in models.stages(config): print(script, role)
+models.run(main)" \
     --config "$config" "$@")
 n=$(wc -l <<<"$stages") k=0
 while read -r script role; do

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # at the tests' sizes a second thread costs more than it gives
 
