@@ -1429,7 +1429,7 @@ def load_state(model, state, path, new_head=False):
         if tensor.shape != value.shape or not tensor.is_floating_point():
             kinds = (f"{tuple(t.shape)} of {t.dtype}" for t in (tensor, value))
             raise UserError("{}: the tensor {} is {}, the model's {}.".format(path, name, *kinds))
-    if not next(iter(own.values())).is_meta:  # look_at only wants to know whether it fits
+    if not any(tensor.is_meta for tensor in own.values()):  # look_at only wants to know whether it fits
         model.load_state_dict(state)
 
 
