@@ -102,6 +102,8 @@ def setup(device="auto"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError("WORLD_SIZE is above 1, but there is no MASTER_ADDR: start with torchrun.")
         # After a restart torchrun's store still holds the old addresses: each attempt gets keys of its own.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
@@ -762,18 +764,28 @@ def _class_folders(folder):
     return names
 
 
-def _read_folders(folder, found, names):
-    """All images in the class folders `found`, labeled by place in `names`. Empty classes are refused."""
-    files, labels = [], []
+def _read_folders(folder, found, names, complete=True):
+    """All images in the class folders `found`, labeled by place in `names`. Empty: refused if `complete`."""
+    files, labels, others = [], [], []
     for name in found:
         # In sub-folders too. A link to nowhere counts, and is named when it is read.
-        paths = (Path(at, file) for at, _, some in os.walk(folder / name, followlinks=True) for file in some)
+        paths = [Path(at, file) for at, _, some in os.walk(folder / name, followlinks=True) for file in some]
         images = sorted(str(p) for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        if not images:
+        if not images and complete:
             raise UserError(f"{folder / name} holds no images; complete the class or remove its folder.")
+        others += [p for p in paths if str(p) not in images] if len(images) < len(paths) else []
         files += images
         labels += [names.index(name)] * len(images)
+    if others:
+        _note(f"{folder}: {len(others)} files do not end like images and are not read, such as {others[0]}")
     return ImageSet(labels, names, files=files)
+
+
+@functools.cache
+def _note(text):
+    """Prints a line once, on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def _annotated(path, folder, names):
@@ -796,9 +808,19 @@ def _robustness(folder, names):
     if len(found) < 2:
         raise UserError(f"data.robustness={folder} has {len(found)} of the training set's class names, "
                         f"for example {names[0]!r}; rename its folders.")
-    imageset = _read_folders(folder, found, names)
+    imageset = _read_folders(folder, found, names, complete=False)
     imageset.present = imageset.labels.unique()
     return imageset
+
+
+def unseen(options):
+    """The test images of a few-shot set. Of a folder: <class>/* in its test/, its val/ or itself."""
+    if options["set"] != "folder":
+        return load({"data": options}, "test")
+    root = _root(options)
+    folder = next((folder for folder in (root / "test", root / "val") if folder.is_dir()), root)
+    names = _class_folders(folder)
+    return _read_folders(folder, names, names)
 
 
 def _cifar100(options, part):

@@ -68,7 +68,13 @@ def evaluate(role, path, config, process):
     model.to(process.device).eval()
     # Robustness sets differ from the test set in their images alone: the same model is scored.
     for name in ("test", *config["data"]["robustness"]):
-        images = data.load(config, name)
+        try:
+            images = data.load(config, name)
+        except models.UserError as e:
+            if name == "test":
+                raise
+            models.say(process, f"{name} is left out: {e}")
+            continue
         if images.present is not None:
             models.say(process, f"{name}: {len(images.present)} of {config['data']['classes']} classes are "
                        "present; the model chooses among these only.")
@@ -119,7 +125,11 @@ def few_shot(model, config, process):
     f = config["few_shot"]
     # Images as the model knows them (size, crop), but of another set, with all its classes.
     other = {"set": f["set"], "root": f["root"], "classes": None, "test_images": f["images"]}
-    images = data.load({**config, "data": {**config["data"], **other}}, "test")
+    try:
+        images = data.unseen({**config["data"], **other})
+    except models.UserError as e:
+        text = str(e).replace("data.test_images", "few_shot.images").replace("data.", "few_shot.")
+        raise models.UserError(text) from None
     # The model is frozen, so each image goes through it once and serves all episodes.
     features, labels = features_of(model, images, config, process), images.labels.numpy()
     for shots in f["shots"]:
@@ -130,7 +140,8 @@ def few_shot(model, config, process):
         top1, top5 = accuracy.mean(0).tolist()
         # 95 % interval of a mean: ± 1.96 σ / √episodes. It is about the draw of episodes, not about training.
         interval = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
-        yield {"set": f"few-shot {f['set']} {shots}-shot {f['ways']}-way", "top1": top1, "top5": top5,
+        name = Path(f["root"]).name if f["set"] == "folder" else f["set"]
+        yield {"set": f"few-shot {name} {shots}-shot {f['ways']}-way", "top1": top1, "top5": top5,
                "images": len(images), "ci95": interval, "episodes": len(accuracy)}
 
 
@@ -179,21 +190,22 @@ def linear_probe(support, query, ways):
 
 
 def keep(path, result):
-    """Adds a result to results.json, in place of an older one of the same role and set."""
-    others = [r for r in read_results(path) if (r["role"], r["set"]) != (result["role"], result["set"])]
+    """Adds a result to results.json, in place of an older one of the same role, set and number of images."""
+    key = ("role", "set", "images")
+    others = [r for r in read_results(path) if [r[k] for k in key] != [result[k] for k in key]]
     models.write(path, lambda file: file.write(json.dumps([*others, result], indent=1).encode()))
 
 
 def read_results(path):
     try:
-        return json.loads(path.read_text()) if path.exists() else []
+        return json.loads(path.read_bytes()) if path.exists() else []
     except (OSError, ValueError) as e:
         raise models.UserError(f"{path} cannot be read ({e}); remove it and evaluate again.") from None
 
 
 def read_config(folder):
     try:
-        return models.parse((folder / "config.yaml").read_text(), f"{folder / 'config.yaml'}")
+        return models.parse((folder / "config.yaml").read_bytes(), f"{folder / 'config.yaml'}")
     except OSError as e:
         raise models.UserError(f"{folder} is not a run's folder: {e}.") from None
 
@@ -224,9 +236,12 @@ def report(folders):
             raise models.UserError(f"{folder} holds no results: run evaluate.py first.")
         name, spent, seed = re.sub(r"-s\d+", "", folder.name), costs(folder, config), config["seed"]
         settings = models.settings(config, "student")
-        settings = {k: v for k, v in settings.items() if not k.endswith(("seed", "checkpoint"))}
+        settings = {k: v for k, v in settings.items() if k != "seed" and k not in models.GIVEN}
         models.compare(made.setdefault(name, settings), settings, f"another run named {name}", config)
+        most = {r["set"]: max(o["images"] for o in results if o["set"] == r["set"]) for r in results}
         for r in results:
+            if r["images"] != most[r["set"]]:  # a look at a part of the set
+                continue
             row = rows.setdefault((name, r["role"]), {})
             row.setdefault(seed, dict(spent[r["role"]]))[f"{r['set']} %"] = r["top1"]
     sets = dict.fromkeys(c for row in rows.values() for one in row.values() for c in one if c.endswith("%"))

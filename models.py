@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import copy
 import difflib
+import fcntl
 import fnmatch
 import functools
 import importlib
@@ -1328,11 +1329,14 @@ def command_line(doc, roles, **more):
 
 def run(main):
     """Runs a main(). Bad input, a full disk or too little memory end in one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may know no Greek
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         main()
         data.close()
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "alloc" not in str(e):  # torch's words for too little memory
+        # torch's words for too little memory, and for compile=true without a compiler
+        if isinstance(e, RuntimeError) and not re.search("alloc|compiler", str(e)):
             raise
         # In every process, because the bad image may be in this one's share.
         print("error:", " ".join(str(e).split()), file=sys.stderr)
@@ -1489,8 +1493,11 @@ def join_modules(model, folder):
     return state
 
 
-def look_at(config):
-    """Reads every given file and fits it into its model, before anything is trained. Raises UserError."""
+def look_at(config, dry=False):
+    """Fits every given file into its model and lists every set that a run needs, before anything is trained.
+
+    Raises UserError. A dry run may do without the data.
+    """
     def empty(config, role):
         with torch.device("meta"):
             return build(config, role)
@@ -1505,6 +1512,12 @@ def look_at(config):
             load_state(empty(config, role), weights_in(path), path, new_head=True)
         else:
             load_weights(empty(on_target(config, role), role), path)
+    if config["few_shot"]["set"] == "folder":
+        data.unseen(config["few_shot"])
+    for c in (config, on_target(config, "student")):
+        files = c["data"]["set"] not in data.DRAWN and (not dry or os.path.isdir(c["data"]["root"]))
+        for name in ["test"] * files + [name for name in c["data"]["robustness"] if name != "renditions"]:
+            data.load(c, name)
 
 
 def resize_pos_embed(pos_embed, tokens):
@@ -1587,11 +1600,13 @@ MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["dist
 LEFT_OUT = re.compile(r"(data|target)\.(root|workers|test_images|robustness)$|student\.(start|modules)$")
 
 
+GIVEN = ("meta.checkpoint", "teacher.checkpoint", "teacher.start", "student.modules", "student.start")
+
+
 def given(config):
     """{key: path} of the weights from elsewhere that a config names."""
-    keys = ("meta.checkpoint", "teacher.checkpoint", "teacher.start", "student.modules", "student.start")
     flat = flatten(config)
-    return {key: flat[key] for key in keys if flat[key]}
+    return {key: flat[key] for key in GIVEN if flat[key]}
 
 
 @functools.cache
@@ -1749,6 +1764,7 @@ class Stage:
         file = Path(config["output_dir"], next(iter(files.values())))
         self.path = file.with_suffix(".unfinished.pt") if len(files) == 1 else file.with_name("unfinished.pt")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.path.with_suffix(".lock")) if process.rank == 0 else None
         self.number = self.resume() if self.path.exists() else 0
         for module in modules.values() if config["compile"] else ():
             module.compile()
@@ -1896,7 +1912,22 @@ class Stage:
                 state = self.modules[i].state_dict()
                 save_finished(self.config, self.name, file, state, self.images.class_names)
             self.path.unlink(missing_ok=True)
+            self.path.with_suffix(".lock").unlink(missing_ok=True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def lock(path):
+    """An open file that no other process has locked. It is unlocked when this process ends, killed or not."""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(f"{path.parent}: {file.read() or 'another job'} is at work on this stage.") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}")
+    file.flush()
+    return file
 
 
 def schedule(config, stage):
@@ -1971,7 +2002,7 @@ def append(path, lines):
 
 def dry_run(config):
     """Builds every model of the config without weights and prints what each stage trains and takes."""
-    look_at(config)
+    look_at(config, dry=True)
     world = int(os.environ.get("WORLD_SIZE", 1))
     print("stage     parameters     images epochs     steps batch  learning rate     state GiB       TMAC"
           "   GPU hours")

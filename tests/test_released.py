@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-
-import models
 from conftest import FIXTURES
 from test_runs import CONFIG, STAGE, run, weights, write_config
+
+import models
 
 WRAPPER = {"model_stages": [{}], "optimizer": {"state": {}}, "lr_scheduler": {"base_lrs": [0.1]}, "epoch": 99, "scaler": {}}
 VIT = dict(patch=4, width=16, heads=2, mlp_ratio=4, depths=[1, 1, 1])
