@@ -99,16 +99,22 @@ def setup(device="auto"):
         raise UserError(f"device={device} does not work on this machine; use device=auto or device=cpu.")
     if device == "cuda":
         # One GPU a process; LOCAL_RANK counts the processes of one machine.
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise UserError(f"more processes than this machine's {torch.cuda.device_count()} GPUs were started.")
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
+        # TF32 for float32 products: three times the speed. The NAC's distance stays exact (models.distance).
+        torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         if "MASTER_ADDR" not in os.environ:
             raise UserError("WORLD_SIZE is above 1, but there is no MASTER_ADDR: start with torchrun.")
         # After a restart torchrun's store still holds the old addresses: each attempt gets keys of its own.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world)
+        gpu = torch.device(device) if device.startswith("cuda") else None
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, store=store, rank=rank,
+                                world_size=world, device_id=gpu)
     return Setup(torch.device(device), rank, world)
 
 
@@ -246,9 +252,15 @@ def _pool(options, split):
 def normalize(images, options):
     """uint8 … 3 H W -> float32, minus the mean, divided by the std of the options, on the images' device."""
     values = (table.get(str(options[key]), options[key]) for key, table in (("mean", MEAN), ("std", STD)))
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in values)
+    mean, std = (_on_device(tuple(v), images.device) for v in values)
     # In place, because memory traffic is what takes the time.
     return (images / 255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _on_device(values, device):
+    """Three numbers as a tensor 3 1 1, copied once: a copy makes the GPU wait."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def steps_per_epoch(length, batch, world, accumulate, stage="<stage>"):
@@ -287,14 +299,14 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
     else:
         views = _read(([(imageset.source(order[p]), repr((*key, p))) for p in positions[m].tolist()]
                        for m in batches), options, augment, process.device)
+    labels = imageset.labels[order].to(process.device)  # once an epoch, because a copy makes the GPU wait
     for m, images in zip(batches, views):
         images = normalize(images, options)
-        labels = imageset.labels[order[positions[m]]].to(process.device)
         for image, p in zip(images, positions[m].tolist()) if options["erasing"] else ():
             erase(image, options["erasing"], random.Random(repr((*key, p, "erase"))))
         # Partners for mixup and cutmix come from the process's own batch, with a draw of its own, as in timm.
         # With mixup two processes therefore train a little differently from one.
-        yield mix(images, labels, options, _rng(*key, m, 2, process.rank))
+        yield mix(images, labels[m * total:][own], options, _rng(*key, m, 2, process.rank))
 
 
 def _crop_and_flip(pool, indices, options, rng, total, own):
@@ -308,7 +320,8 @@ def _crop_and_flip(pool, indices, options, rng, total, own):
     rows = np.clip(np.arange(height) + dy[:, None], 0, height - 1)  # B H
     columns = np.clip(np.arange(width) + dx[:, None], 0, width - 1)  # B W
     columns = np.where(flipped[:, None], columns[:, ::-1], columns)
-    image, rows, columns = (torch.from_numpy(v).to(pool.device) for v in (indices, rows, columns))
+    places = (torch.from_numpy(v).to(pool.device, non_blocking=True) for v in (indices, rows, columns))
+    image, rows, columns = places
     picked = pool.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None, :]]  # B H W 3
     return picked.permute(0, 3, 1, 2)
 
@@ -353,12 +366,12 @@ def eval_batches(imageset, config, process, batch=256):
     share, options = np.arange(process.rank, len(imageset), process.world), config["data"]
     batches = [share[k:k + batch] for k in range(0, len(share), batch)]
     if imageset.fits(options["image_size"]):
-        views = (imageset.images[indices].to(process.device) for indices in batches)
+        views = (imageset.images[indices].to(process.device, non_blocking=True) for indices in batches)
     else:
         views = _read(([(imageset.source(i), i if imageset.rendition else None) for i in indices.tolist()]
                        for indices in batches), options, center_view, process.device)
     for indices, images in zip(batches, views):
-        yield normalize(images, options), imageset.labels[indices].to(process.device)
+        yield normalize(images, options), imageset.labels[indices].to(process.device, non_blocking=True)
 
 
 # ---------- 5 Few-shot episodes

@@ -356,8 +356,9 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x):
-        # Contiguous, so that the gradient of the weight has the strides of the weight.
-        x = x.contiguous()
+        # On CUDA the layout of cuDNN's depthwise convolutions; else that of the weight, for its gradient's
+        # strides.
+        x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
         # Channels last, where a 1×1 convolution is a plain linear layer.
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # B H W D
         return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
@@ -524,8 +525,11 @@ def distance(a, b):
     """δ(u, v) = 1 − cos(s_u, s_v), from 0 (same direction) to 2. U S, V S -> U V."""
     # Always in float32 or better: in bfloat16 the kernel of near latents would round to 1, its logit to
     # infinity. (The device "meta", of models without weights, knows no autocast.)
+    dtype = a.dtype
     with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):
-        return 1 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+        if a.is_cuda:  # float32 products may be TF32's there
+            a, b = a.double(), b.double()
+        return (1 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T).to(dtype)
 
 
 # Latents with a larger δ do not talk to each other. Random signatures have δ near 1, so few pairs do.
@@ -740,7 +744,7 @@ def match_rows(cost, capacity):
     group, then move rows from overfull groups to groups with room along shortest paths (successive shortest
     paths).
     """
-    cost = cost.detach().double().cpu().numpy()
+    cost = cost.detach().cpu().double().numpy()
     n, G = cost.shape
     group = cost.argmin(1)
     room = capacity - np.bincount(group, minlength=G)
@@ -1048,7 +1052,7 @@ class Run:
     output_dir: str | None = None  # null: runs/<name of the config>
     share: list[str] | str | None = None  # other runs' folders: what is finished there is taken
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 elsewhere
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs that have it
     compile: bool = False  # torch.compile of what is trained: worth its minutes on a GPU only
 
 
@@ -1324,7 +1328,12 @@ def command_line(doc, roles, **more):
         parser.add_argument(f"--{name}", **options)
     own = tuple(f"{name}=" for name in ("role", *more))
     words = parser.parse_intermixed_args([f"--{w}" if w.startswith(own) else w for w in sys.argv[1:]])
-    return load_config(words.config, words.overrides), words
+    config = load_config(words.config, words.overrides)
+    if config["precision"] == "auto":  # a result depends on it, so it is resolved before it is kept
+        cuda = config["device"] in ("auto", "cuda") and torch.cuda.is_available()
+        fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        config["precision"] = "bfloat16" if fast else "float32"
+    return config, words
 
 
 def run(main):
@@ -1681,6 +1690,8 @@ def frozen(config, role, process):
     """The finished meta model or teacher, in evaluation mode and without gradients."""
     model = build(config, role)
     load_weights(model, weights_of(config, role))
+    for part in model.parts if config["compile"] else ():
+        part.compile()
     return model.to(process.device).requires_grad_(False).eval()
 
 
@@ -1695,7 +1706,9 @@ def begin(config, process):
 def save_finished(config, stage, name, state, class_names=None):
     """Writes a stage's result: the weights, and all that it takes to use them."""
     path = Path(config["output_dir"], name)
-    content = {"model": check_weights(state, path), "stage": stage, "settings": settings(config, stage),
+    # On the CPU, so that torch reads the file on a machine without a GPU.
+    state = {name: value.cpu() for name, value in check_weights(state, path).items()}
+    content = {"model": state, "stage": stage, "settings": settings(config, stage),
                "config": config, "class_names": class_names}
     write(path, lambda file: torch.save(content, file))
 
@@ -1781,7 +1794,7 @@ class Stage:
 
     def resume(self):
         """Loads what a run that was cut off had reached -> its step. Raises UserError on other settings."""
-        saved = read(self.path)
+        saved = read(self.path, whole=self.process.rank == 0)
         compare(saved["settings"], self.settings, self.path, self.config)
         for i, module in self.modules.items():
             if i not in saved["modules"]:
@@ -1965,9 +1978,8 @@ def learning_rate(step, steps_per_epoch, c, total_batch):
 
 
 def autocast(config, device):
-    """Mixed precision: bfloat16 on CUDA by default, off elsewhere (config key precision)."""
-    use = config["precision"] == "bfloat16" or (config["precision"] == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+    """Mixed precision, if the config's precision says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
 
 
 def facts(module):
