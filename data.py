@@ -546,7 +546,7 @@ def erase(image, probability, rng):
             top, left = rng.randint(0, height - h), rng.randint(0, width - w)
             # Drawn on the CPU, so that the noise is the same on every device.
             noise = torch.randn(3, h, w, generator=torch.Generator().manual_seed(rng.getrandbits(62)))
-            image[:, top:top + h, left:left + w] = noise.to(image.device)
+            image[:, top:top + h, left:left + w] = noise.to(image.device, non_blocking=True)
             break
     return image
 

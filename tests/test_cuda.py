@@ -1,0 +1,35 @@
+"""Every stage on a CUDA device that computes nothing (fake_cuda.py): shapes, dtypes, devices, kernels' conditions, waits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["data.train_images=256", "data.validation_images=32", "train.*.epochs=1", "train.*.batch=16"]
+# What no demo uses, so that it is seen too.
+MORE = ["train.*.drop_path=0.1", "data.mixup=0.5", "data.cutmix=0.5", "data.smoothing=0.1", "data.erasing=0.5"]
+NAC = [*MORE, "train.student.regularizer=0.1"]
+VMOE = [*MORE, "student.balance=0.01", "student.capacity=1.5"]
+
+
+def stages(config, world, *words, root=ROOT):
+    """Runs all stages of `config` as the first of `world` processes -> (stages, lines that wait) or fails."""
+    command = [sys.executable, "tests/fake_cuda.py", f"configs/{config}.yaml", str(world), *SHORT, *words]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return len(lines), {line for stage in lines for line in stage["waits"]}
+
+
+@pytest.mark.parametrize("config, world, words", [
+    ("demo_nac", 1, NAC),
+    ("demo_vmoe", 8, VMOE),
+    pytest.param("demo_nac", 8, ["assemble.graph=planted_partition"], marks=pytest.mark.slow),
+    pytest.param("demo_vmoe", 1, ["precision=float32"], marks=pytest.mark.slow),
+])
+def test_no_stage_mixes_devices_or_waits_for_the_gpu(config, world, words):
+    assert stages(config, world, *words) == (14, set())  # 14 commands, of which two assemble and the others train
