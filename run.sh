@@ -17,6 +17,9 @@ launch=${LAUNCH:-$python}
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
 
+# torchrun kills what still runs 30 s after SIGTERM. Writing the checkpoint of a large model takes about as long.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+
 for word in "$@"; do [ "$word" != --dry-run ] || exec "$python" "$here/finetune.py" --config "$config" "$@"; done
 
 # Given weights are looked at first, and the stages that would make them are left out.
