@@ -101,7 +101,8 @@ def setup(device="auto"):
         # One GPU a process; LOCAL_RANK counts the processes of one machine.
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise UserError(f"more processes than this machine's {torch.cuda.device_count()} GPUs were started.")
+            raise UserError(f"more processes were started than this machine has GPUs, "
+                            f"{torch.cuda.device_count()}.")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
         # TF32 for float32 products: three times the speed. The NAC's distance stays exact (models.distance).
@@ -738,7 +739,8 @@ def _fashion_mnist(options, part):
 def _root(options):
     root = Path(options["root"])
     if not options["root"] or not root.is_dir():
-        raise UserError(f"data.root={str(root)!r} is not a folder; set it to the folder of {options['set']}.")
+        raise UserError(f"data.root={options['root']!r} is not a folder; set it to the folder of "
+                        f"{options['set']}.")
     return root
 
 
@@ -782,11 +784,14 @@ def _read_folders(folder, found, names, complete=True):
     files, labels, others = [], [], []
     for name in found:
         # In sub-folders too. A link to nowhere counts, and is named when it is read.
-        paths = [Path(at, file) for at, _, some in os.walk(folder / name, followlinks=True) for file in some]
-        images = sorted(str(p) for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        walk = os.walk(folder / name, followlinks=True)
+        paths = [os.path.join(at, file) for at, _, some in walk for file in some]
+        # Hidden files and folders (._cat.jpg, .ipynb_checkpoints) are nobody's images.
+        paths = [path for path in paths if "/." not in path[len(str(folder)):]]
+        images = sorted(path for path in paths if path.lower().endswith(SUFFIXES))
         if not images and complete:
             raise UserError(f"{folder / name} holds no images; complete the class or remove its folder.")
-        others += [p for p in paths if str(p) not in images] if len(images) < len(paths) else []
+        others += [path for path in paths if not path.lower().endswith(SUFFIXES)]
         files += images
         labels += [names.index(name)] * len(images)
     if others:
@@ -805,7 +810,7 @@ def _annotated(path, folder, names):
     """Tiny-ImageNet's val as downloaded; a line of the list is file, wnid and a box."""
     try:
         labels = {file: names.index(wnid) for file, wnid, *_ in map(str.split, path.read_text().splitlines())}
-        if odd := set(labels) ^ set(os.listdir(folder)):
+        if odd := set(labels) ^ {file for file in os.listdir(folder) if not file.startswith(".")}:
             raise ValueError(f"{sorted(odd)[0]} is in one of them only")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} does not list {folder}'s images ({error}); download it again.") from None

@@ -1,18 +1,19 @@
 """distill_module.py – m2mKD: each student module learns from a teacher module, inside one frozen meta model.
 
-    python distill_module.py --config configs/demo_nac.yaml                  stage 4, m2mKD: all modules in
-    one pass python distill_module.py --config configs/demo_nac.yaml module=2         one module, as a job of
-    its own python distill_module.py --config configs/demo_nac.yaml role=teacher     stage 2: incubates the
-    teacher's modules torchrun --nproc_per_node=8 distill_module.py --config configs/imagenet_vmoe.yaml
+    python distill_module.py --config configs/demo_nac.yaml               stage 4: m2mKD of all modules
+    python distill_module.py --config configs/demo_nac.yaml module=2      one module, as a job of its own
+    python distill_module.py --config configs/demo_nac.yaml role=teacher  stage 2: the teacher's modules
+    torchrun --nproc_per_node=8 distill_module.py --config configs/imagenet_vmoe.yaml
 
 Teacher T, student S and meta model M are each cut into L modules: T = T_{L-1} ∘ … ∘ T_0, and so on. M is
 small, one block a module; it was trained first (finetune.py role=meta) and never changes here. T is finished
 too (finetune.py role=teacher). To teach S_i, put it in M's place i:
 
                               ┌─        T_i       ─ M_{i+1} ─ … ─ M_{L-1} ─ logits of the teacher hybrid
-    image ─ M_0 ─ … ─ M_{i-1} ┤ h_i                                          │ KD      loss = (1−α)·CE + α·KD
-                              └─ pre ─ S_i ─ post ─ M_{i+1} ─ … ─ M_{L-1} ─ logits of the student hybrid ─ CE
-                              ─ label
+    image ─ M_0 ─ … ─ M_{i-1} ┤ h_i                                         │ KD
+                              └─ pre ─ S_i ─ post ─ M_{i+1} ─ … ─ M_{L-1} ─ logits of the student hybrid
+                                                                            │ CE
+    loss = (1−α)·CE + α·KD                                                  label
 
 Only S_i learns, with its stitch layers pre and post, which translate between the student's width and M's (T
 has M's width). What a NAC's module shares with others does not learn (see NACModule). The gradient reaches

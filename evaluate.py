@@ -1,12 +1,12 @@
 """evaluate.py – scores trained models on test and robustness sets and on new classes; tables over runs.
 
-    python evaluate.py --config configs/demo_nac.yaml                         the student
-    python evaluate.py --config configs/demo_nac.yaml role=all                all finished models, and the
-    report python evaluate.py --config configs/demo_nac.yaml checkpoint=other.pt     these weights as the
-    role's python evaluate.py --config configs/demo_nac.yaml image=cat.jpg           an image's five best
-    classes python evaluate.py --config configs/demo_nac.yaml few_shot.set=cub few_shot.root=FOLDER    on new
-    classes python evaluate.py --report runs/demo_nac*                                mean ± std over seeds,
-    Markdown torchrun --nproc_per_node=8 evaluate.py --config configs/imagenet_vmoe.yaml role=baseline
+    python evaluate.py --config configs/demo_nac.yaml                     the student
+    python evaluate.py --config configs/demo_nac.yaml role=all            all finished models, and the report
+    python evaluate.py --config configs/demo_nac.yaml checkpoint=FILE     these weights as the role's
+    python evaluate.py --config configs/demo_nac.yaml image=cat.jpg       an image's five best classes
+    python evaluate.py --config configs/demo_nac.yaml few_shot.set=cub few_shot.root=FOLDER     on new classes
+    python evaluate.py --report runs/demo_nac*                            mean ± std over seeds, in Markdown
+    torchrun --nproc_per_node=8 evaluate.py --config configs/imagenet_vmoe.yaml role=baseline
 
 Writes <output_dir>/results.json, a list of {role, set, top1, top5, images}; what is scored by checkpoint= is
 only printed. Every image of a set counts once, however many processes share it. The last weights are scored,

@@ -1,12 +1,11 @@
 """finetune.py – trains a whole model end to end: stages 1 (meta), 3 (teacher), 5 (student) and the baselines.
 
     python finetune.py --config configs/demo_nac.yaml role=meta         the meta model, from scratch
-    python finetune.py --config configs/demo_nac.yaml role=teacher      the teacher assembled from incubated
-    modules python finetune.py --config configs/demo_nac.yaml                   the student assembled from
-    distilled modules python finetune.py --config configs/demo_nac.yaml role=baseline     the same student
-    from scratch python finetune.py --config configs/demo_nac.yaml role=baseline_kd  … with (1-α)·CE + α·KD
-    from the whole teacher torchrun --nproc_per_node=8 finetune.py --config configs/imagenet_vmoe.yaml
-    role=meta
+    python finetune.py --config configs/demo_nac.yaml role=teacher      the teacher assembled from its modules
+    python finetune.py --config configs/demo_nac.yaml                   the student assembled from its modules
+    python finetune.py --config configs/demo_nac.yaml role=baseline     the same student from scratch
+    python finetune.py --config configs/demo_nac.yaml role=baseline_kd  … and the whole teacher teaches it
+    torchrun --nproc_per_node=8 finetune.py --config configs/imagenet_vmoe.yaml role=meta
 
 Writes <output_dir>/<role>.pt. Skips what is finished, resumes what is not; key=value overrides any key.
 distill_module.py has the same loop for modules inside the meta model.

@@ -146,7 +146,7 @@ class MoE(nn.Module):
         weights = self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias
         w1, b1, w2, b2 = (p.to(dtype) for p in weights)
         tokens = x.to(dtype).index_select(0, order // k)  # pair p belongs to token p // k
-        if dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and shape[-1] % 8 == w1.shape[1] % 8 == 0:  # rows of 16 bytes
             # One kernel for all experts: their shares stay on the GPU, and nobody waits for it.
             ends, one_hot = load.cumsum(0, dtype=torch.int32), one_hot.to(dtype)
             hidden = F.gelu(F.grouped_mm(tokens, w1.transpose(1, 2), offs=ends) + one_hot @ b1)
@@ -744,7 +744,7 @@ def match_rows(cost, capacity):
     group, then move rows from overfull groups to groups with room along shortest paths (successive shortest
     paths).
     """
-    cost = cost.detach().cpu().double().numpy()
+    cost = cost.double().numpy()
     n, G = cost.shape
     group = cost.argmin(1)
     room = capacity - np.bincount(group, minlength=G)
@@ -780,14 +780,14 @@ def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
     group = torch.arange(len(s), device=s.device) * groups // len(s)
     target = torch.where(torch.arange(groups, device=s.device)[:, None] == group, p_in, p_out).to(s)  # G U
     capacity = group.bincount(minlength=groups).cpu().numpy()
-    delta, loss = distance(s, s), 0
-    for propagator in nac.propagators:
-        kernel = log_kernel(delta, propagator.attention.bandwidth).exp()  # U U
-        # Which mediators make a block is free: K's rows (not its columns) are matched to P's at the least
-        # MSE. ‖K_u − P_g‖² = ‖K_u‖² − 2 K_u·P_g + ‖P_g‖²; the first term does not depend on g
-        rows = match_rows(target.square().sum(1) - 2 * kernel @ target.T, capacity).to(s.device)
-        loss = loss + (kernel - target[rows]).square().mean()
-    return loss
+    delta = distance(s, s)
+    kernels = torch.stack([log_kernel(delta, p.attention.bandwidth).exp() for p in nac.propagators])  # P U U
+    # Which mediators make a block is free: K's rows (not its columns) are matched to P's at the least MSE.
+    # ‖K_u − P_g‖² = ‖K_u‖² − 2 K_u·P_g + ‖P_g‖²; the first term does not depend on g
+    costs = target.square().sum(1) - 2 * kernels @ target.T  # P U G
+    # One copy to the CPU and one back for all propagators, because each makes the GPU wait.
+    rows = torch.stack([match_rows(cost, capacity) for cost in costs.detach().cpu()]).to(s.device)
+    return (kernels - target[rows]).square().mean((1, 2)).sum()
 
 
 def regularizer(model, config):
@@ -1236,10 +1236,11 @@ def load_config(path, overrides=()):
     config = unflatten(flat)
     for key, value in told(config).items():
         config["data"][key] = config["data"][key] or value
-    for options in (config["data"], config["target"]):
-        options["classes"] = options["classes"] or data.CLASSES.get(options["set"])
-        if options["set"] == "folder" and not options["classes"]:
-            options["classes"] = len(data.class_names(options))
+    target = on_target(config, "student")["data"]
+    for own, options in ((config["data"], config["data"]), (config["target"], target)):
+        own["classes"] = own["classes"] or data.CLASSES.get(own["set"])
+        if options["set"] == "folder" and (own["set"] or own["root"]) and not own["classes"]:
+            own["classes"] = len(data.class_names({**options, "classes": None}))
     check_fit(config)
     return config
 
