@@ -36,10 +36,11 @@ LOOKS = {"student": ("m2mKD student", BLUE), "alone": ("student without teacher 
          "baseline": ("baseline", RED), "baseline_kd": ("baseline with KD", ORANGE),
          "teacher": ("teacher", GREEN), "meta": ("meta model", GRAY)}
 WIDTH = 8.33  # inches: 800 pixels in a browser, so a font's size here is about its size on the page
-plt.rcParams |= {
+plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E6", "lines.markersize": 5,
-    "figure.constrained_layout.use": True, "savefig.dpi": 200, "svg.hashsalt": "m2mKD"}
+    "savefig.dpi": 200, "figure.constrained_layout.use": True,
+    "svg.hashsalt": "m2mKD", "hatch.linewidth": 0.25})
 
 
 def main():
@@ -140,7 +141,7 @@ def curves(runs):
             axis.axhline(level, color=BLACK, linestyle="--", linewidth=1)
             ends.append((level, name, BLACK))
         axis.set(title=title, xlabel="epoch", ylabel="validation top-1 (%)", ylim=(0, 103))
-        axis.set_visible(lines)
+        axis.set_visible(bool(lines))
         axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         place = 110.0
         for y, name, color in sorted(ends, key=lambda end: -end[0]):
@@ -170,7 +171,7 @@ def cost(runs):
     for number, ((x, _), (y, std), role, name) in enumerate(points, 1):
         what, color = LOOKS[role]
         what += f", {name.removeprefix(runs[0].name).strip('-')}" * (name != runs[0].name)
-        label = f"{number}  {what}: {y:.1f} ± {std:.1f} %, {x:.2g} TMAC"
+        label = f"{number}  {what}: {y:.1f}{f' ± {std:.1f}' if std else ''} %, {x:.2g} TMAC"
         axis.errorbar(x, y, std, fmt="o", color=color, capsize=2, label=label)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.draw_without_rendering()  # computes the layout, and with it where on the page points are
@@ -242,9 +243,9 @@ def circuit(runs):
         pairs, changed = np.argwhere(mine), np.argwhere((mine > 0) & (other == 0))
         pairs = pairs[mine[tuple(pairs.T)].argsort()]
         kernel = axis.add_collection(collections.LineCollection(
-            at[pairs], array=mine[tuple(pairs.T)], cmap="Greys", clim=(0.9 * K[K > 0].min(), K.max()),
-            linewidths=min(0.8, 400 / len(pairs))))
-        axis.plot(*at[changed].T, color=color, linewidth=1.6)
+            at[pairs], array=mine[tuple(pairs.T)], cmap="Greys", linewidths=min(0.8, 400 / (len(pairs) + 1)),
+            clim=(0.9 * K[K > 0].min(initial=1), K.max())))
+        axis.plot(*at[changed].T, color=color, linewidth=min(1.6, 200 / (len(changed) + 1)))
         axis.text(0, -1.25, f"{len(changed)} links {change} in fine-tuning", color=color, ha="center")
         axis.scatter(*at.T, s=min(40, 3000 / len(at)), color=fill, ec="white", lw=0.7, zorder=3)
         for x, name in (-1.35, "inputs"), (0, "mediators"), (1.35, "outputs"):
@@ -260,13 +261,15 @@ def circuit(runs):
 def experts(runs):
     """Share of the last batch's tokens that each expert got, for student and baseline."""
     figure, axes = page(runs, "experts of each mixture layer, the busiest first", 2, 1, 4.3)
+    axes[0, 0].sharey(axes[1, 0])
     for axis, role in zip(axes.flat, ("student", "baseline")):
         # Experts' numbers mean nothing, so each seed's are sorted by share before the mean is taken: a mean
         # by number would look even however lopsided each seed is.
         last = [run.log[role][-1] for run in runs if role in run.log]
         loads = [np.sort(line["expert_load"])[:, ::-1] for line in last if "expert_load" in line]
         if not loads:
-            return None
+            axis.remove()
+            continue
         layers, E = loads[0].shape
         share, std = 100 * np.apply_along_axis(mean_std, 0, loads)  # layers experts
         x = np.arange(layers)[:, None] + 0.8 * ((np.arange(E) + 0.5) / E - 0.5)  # a layer is 0.8 wide
@@ -276,8 +279,7 @@ def experts(runs):
         axis.set_xticks(range(layers), [f"layer {k + 1}" for k in range(layers)])
         axis.set(title=LOOKS[role][0], ylabel="share of tokens (%)")
         axis.grid(axis="x", visible=False)
-    axes[0, 0].sharey(axes[1, 0])
-    return figure
+    return figure if figure.axes else None
 
 
 @torch.no_grad()
@@ -317,19 +319,18 @@ def sandwich():
             (454, t, "$M_{i{+}1}$", GRAY, 52, 46), (535, t, "$M_{L{-}1}$", GRAY, 54, 46),
             (454, b, "$M_{i{+}1}$", GRAY, 52, 46), (535, b, "$M_{L{-}1}$", GRAY, 54, 46),
             (687, b, "CE", RED, 40, 26), (142, m, "…", BLACK), (494, t, "…", BLACK), (494, b, "…", BLACK),
-            (145, m + 36, "meta model M", GRAY), (488, t + 36, "rest of M", GRAY), (36, m - 36, "image", BLACK),
-            (145, m - 75, "the same for every\nmodule $i = 0\\ \\ldots\\ L-1$", BLACK), (250, m, "$h_i$", BLACK),
+            (145, m + 36, "meta model M", GRAY), (488, t + 36, "rest of M", GRAY), (250, m, "$h_i$", BLACK),
+            (145, m - 75, "the same for every\nmodule $i = 0\\ \\ldots\\ L-1$", BLACK),
             (326, t + 36, "teacher module", GREEN), (607, t + 36, "teacher hybrid's logits", GREEN),
             (326, b + 36, "student module", BLUE), (607, b - 33, "student hybrid's logits", BLUE),
-            (495, m, "same frozen weights", GRAY), (766, b, "label A", BLACK),
+            (495, m, "same frozen weights", GRAY), (766, b, "label A", BLACK), (36, m - 36, "image", BLACK),
             (714, m, r"loss $= (1-\alpha)\cdot$CE $+\;\alpha\cdot$KD", RED),
-            (495, 22, "the gradient passes through the frozen modules (hatched); only the blue ones learn", RED)):
+            (495, 22, "the gradient passes through the frozen modules (hatched); only blue ones learn", RED)):
         frozen = size and color in (GRAY, GREEN)
-        # A frozen box is two patches, because a hatch has the color of its patch's edge.
-        hatched = {"fc": "#F0F0F0", "ec": "#D3D3D3", "hatch": "////", "lw": 0}, {"fc": "none", "ec": color}
-        for look in (hatched if frozen else [{"color": color}]) if size else ():
-            corner = x - size[0] / 2, y - size[1] / 2
-            axis.add_patch(patches.FancyBboxPatch(corner, *size, "round,pad=0,rounding_size=4", **look))
+        if size:
+            axis.add_patch(patches.FancyBboxPatch(
+                (x - size[0] / 2, y - size[1] / 2), *size, "round,pad=0,rounding_size=4", ec=color,
+                fc="#F4F4F4" if frozen else color, hatch="///" if frozen else None))
         axis.text(x, y, text, ha="center", va="center", size=12 if size or text == "…" else 9,
                   color=BLACK if frozen else "white" if size else color)
     axis.text(36, m, "A", ha="center", va="center", color=ORANGE, size=27, rotation=12, weight="bold")

@@ -3,10 +3,12 @@
     python tests/bench.py                 all rows (some minutes on two cores)
     python tests/bench.py read-in moe     only the rows whose names hold one of the words
 
-Forward + backward; the sides of a row run by turns in one process, the medians are compared. `ratio` is the left time
-over the right one: above 1, ours is faster. Memory is the peak of what tensors take
-during one step, beyond weights and inputs, from the allocator's own events (torch's profiler, or CUDA's counters): unlike
-the process's resident size it does not depend on what the C library keeps back. It leaves out the BLAS's scratch space.
+Forward and backward; the sides of a row run by turns in one process, and their medians are compared. `ratio`
+is the left time over the right one: above 1, ours is faster. Memory is the peak of what tensors take in one
+step, beyond weights and inputs, as the allocator counts it (torch's profiler, or CUDA's counters). It does
+not depend on what the C library keeps back, and leaves out the scratch space of matrix products.
+
+Run it on an idle machine. On a busy one set OMP_NUM_THREADS=1, because threads wait for one another.
 """
 
 import os
@@ -16,7 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-# glibc hands every large tensor back to the system and faults it in again; with these it keeps them (up to 2x on CPU)
+# ruff: noqa: E402
+# glibc hands every large tensor back to the system and faults it in again. With these it keeps them, which is
+# up to twice as fast on a CPU. They are read when a process starts.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000",
              "MALLOC_TOP_PAD_": "67108864", "KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 if __name__ == "__main__" and not ALLOCATOR.items() <= os.environ.items():
@@ -30,16 +34,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data
 import literal
+
+import data
 import models
-from distill_module import kd, soft_target_ce
+from models import kd, soft_target_ce
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 LARGER = 8 if CUDA else 1  # a GPU needs more images at a time to be kept busy
-SIZES = {"ImageNet": (dict(image_size=224, width=512, heads=8, latents=(192, 768, 64), classes=1000, ffn_ratio=1.0), 2),
-         "Tiny": (dict(image_size=64, width=384, heads=6, latents=(64, 256, 64), classes=200, ffn_ratio=2.0), 8)}
+SIZES = {  # a NAC, and the images of a step on a CPU
+    "ImageNet": (dict(image_size=224, width=512, heads=8, latents=(192, 768, 64), classes=1000,
+                      ffn_ratio=1), 2),
+    "Tiny": (dict(image_size=64, width=384, heads=6, latents=(64, 256, 64), classes=200, ffn_ratio=2), 8)}
 
 
 def nac(size):
@@ -63,7 +70,7 @@ def seconds(function):
 
 
 def medians(functions, repeats):
-    """Median seconds of each, run by turns; each time once untimed before, to find its memory as it left it."""
+    """Median seconds of each, run by turns, each time once untimed before: it finds its own memory."""
     times = [[(f(), seconds(f))[1] for f in functions] for _ in range(repeats)]
     return [statistics.median(column) for column in zip(*times)]
 
@@ -75,7 +82,8 @@ def peak_memory(function):
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]))
@@ -123,23 +131,23 @@ def read_in(size, goal, ffn=False):
     slow = literal.read_in if ffn else literal.read_in_attention
     if not ffn:
         module.ffn = Nothing()
-    states = torch.randn(B, *model.input_latents.codes.shape, device=DEVICE, requires_grad=True)
-    tokens = torch.randn(B, (images.shape[-1] // 8) ** 2, model.tokenizer.width, device=DEVICE, requires_grad=True)
+    shapes = model.input_latents.codes.shape, ((images.shape[-1] // 8) ** 2, model.tokenizer.width)
+    states, tokens = (torch.randn(B, *shape, device=DEVICE, requires_grad=True) for shape in shapes)
     inputs = states, tokens, model.input_latents.codes
-    row(f"NAC read-in{' and its FFN' * ffn}, {size}, batch {B}", step(module, lambda *x: slow(module, *x), *inputs),
-        step(module, module, *inputs), goal)
+    row(f"NAC read-in{' and its FFN' * ffn}, {size}, batch {B}",
+        step(module, lambda *x: slow(module, *x), *inputs), step(module, module, *inputs), goal)
 
 
 def nac_step(size, goal, bf16=False):
     model, images, labels = nac(size)
-    left_bf16 = bf16 and CUDA  # on a CPU the literal side stays in float32, on a GPU both sides have the same precision
+    left_bf16 = bf16 and CUDA  # on a CPU the literal side stays in float32
     row(f"NAC step, {size}, batch {len(images)}{', bf16' * bf16}",
         step(model, lambda x: literal.nac(model, x), images, labels=labels, bf16=left_bf16),
         step(model, model, images, labels=labels, bf16=bf16), goal)
 
 
 class Products(TorchDispatchMode):
-    """Notes every matrix product, convolution and fused attention, with its operands, to do them once more alone."""
+    """Notes all matrix products, convolutions and fused attention with operands, to do them again alone."""
 
     NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 
@@ -148,7 +156,8 @@ class Products(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._schema.name.split("::")[1] in self.NAMES or "scaled_dot_product" in function._schema.name:
+        name = function._schema.name.split("::")[1]
+        if name in self.NAMES or "scaled_dot_product" in name:
             self.calls.append((function, args, kwargs or {}))
         return function(*args, **(kwargs or {}))
 
@@ -188,14 +197,15 @@ def settings(folder, *overrides):
 
 
 def photographs(folder, width, height, count, quality=85):
-    """An ImageSet of JPEG files: smooth random colours with some grain, about as many bytes as photographs have.
+    """An ImageSet of JPEG files: smooth random colors with some grain, about as many bytes as photographs.
 
     (Tiny-ImageNet's files have 2 kB, ImageNet's 110 kB.)
     """
     rng, files = np.random.default_rng(0), []
     for k in range(count):
-        image = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8)).resize((width, height))
-        image = np.asarray(image, np.int16) + rng.integers(-12, 13, (height, width, 1))
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8))
+        image = np.asarray(coarse.resize((width, height)), np.int16)
+        image = image + rng.integers(-12, 13, (height, width, 1))
         files.append(Path(folder) / f"{k}.jpg")
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(files[-1], quality=quality)
     return data.ImageSet(torch.arange(count) % 10, [str(c) for c in range(10)], files=files)
@@ -204,7 +214,7 @@ def photographs(folder, width, height, count, quality=85):
 def pipeline(what, size, width, height, count, quality, goal):
     """Batches of image files, each read and decoded anew: the median epoch after a first one."""
     with tempfile.TemporaryDirectory() as folder:
-        config = settings(folder, f"data.image_size={size}", "train.student.batch=32", f"student.patch={size // 8}",
+        config = settings(folder, f"data.image_size={size}", "train.student.batch=32",
                           f"meta.patch={size // 8}", f"teacher.patch={size // 8}")
         imageset, threads = photographs(folder, width, height, count, quality), torch.get_num_threads()
         torch.set_num_threads(1)
@@ -216,22 +226,28 @@ def pipeline(what, size, width, height, count, quality, goal):
             spent.append(time.process_time() - began)
         torch.set_num_threads(threads)
         kilobytes = statistics.mean(file.stat().st_size for file in imageset.files) / 1000
-        line(f"{what}, one core", "", f"{count // 32 * 32 / statistics.median(spent[1:]):.0f} im/s", None,
-             f"files of {kilobytes:.1f} kB, read anew", goal)
+        rate = count // 32 * 32 / statistics.median(spent[1:])
+        files = f"files of {kilobytes:.1f} kB, read anew"
+        line(f"{what}, one core", "", f"{rate:.0f} im/s", None, files, goal)
 
 
 def one_pass(goal):
     """m2mKD of all modules on one run of the meta model and of the data, against a run for each module."""
     with tempfile.TemporaryDirectory() as folder:
-        config = settings(folder, "student.kind=vmoe", "data.image_size=64", "train.distill.batch=16", *(
-            f"{role}.{key}" for role in ("meta", "teacher", "student") for key in ("patch=8", "width=192", "heads=3")),
-            "meta.depths=[1,1,1,1]", "teacher.depths=[2,2,2,2]", "student.depths=[1,1,1,1]", "student.experts=4")
+        sizes = [f"{role}.{key}" for role in ("meta", "teacher", "student")
+                 for key in ("patch=8", "width=192", "heads=3")]
+        config = settings(folder, "student.kind=vmoe", "student.experts=4", "data.image_size=64", *sizes,
+                          "train.distill.batch=16", "meta.depths=[1,1,1,1]", "teacher.depths=[2,2,2,2]",
+                          "student.depths=[1,1,1,1]")
         imageset, setup, L = photographs(folder, 64, 64, 64), data.Setup(DEVICE, 0, 1), 4
-        meta, teacher = (models.build(config, r).to(DEVICE).requires_grad_(False).eval() for r in ("meta", "teacher"))
-        students = [s.train() for s in models.cut(models.build(config, "student").to(DEVICE), config, "student")]
-
-        batches = lambda: data.train_batches(imageset, config, "distill", 0, setup)
+        meta, teacher = (models.build(config, role).to(DEVICE).requires_grad_(False).eval()
+                         for role in ("meta", "teacher"))
+        students = [module.to(DEVICE).train()
+                    for module in models.cut(models.build(config, "student"), config, "student")]
         hidden_states = torch.no_grad()(meta.hidden_states)
+
+        def batches():
+            return data.train_batches(imageset, config, "distill", 0, setup)
 
         def pairs(modules, hidden, targets):  # as the loop of distill_module.py
             for i in modules:
@@ -251,10 +267,11 @@ def one_pass(goal):
             with FlopCounterMode(display=False) as counter:
                 part()
             flops.append(counter.get_total_flops())
-        apart, together = lambda: [train([i]) for i in range(L)], lambda: train(range(L))
-        read, a, b = medians([lambda: list(batches()), apart, together], 5)
-        # Counted: reading r and the meta model's f₀ operations are shared, the pairs' f₁ are not. Operations take time at
-        # the one pass's rate:  saving = (L − 1)(r + f₀·t) / (L(r + f₀·t) + f₁·t),  t = (b − r)/(f₀ + f₁)
+        read, a, b = medians([lambda: list(batches()), lambda: [train([i]) for i in range(L)],
+                              lambda: train(range(L))], 5)
+        # Reading, r seconds, and the meta model's f₀ operations are shared, the pairs' f₁ are not. At the
+        # rate of the one pass an operation takes t = (b − r)/(f₀ + f₁) seconds, and
+        # saving = (L − 1)(r + f₀·t) / (L(r + f₀·t) + f₁·t)
         t = (b - read) / sum(flops)
         predicted = (L - 1) * (read + flops[0] * t) / (L * (read + flops[0] * t) + flops[1] * t)
         line(f"modules one by one | {L} in one pass", f"{1000 * a:.0f} ms", f"{1000 * b:.0f} ms", a / b, "",
@@ -263,13 +280,13 @@ def one_pass(goal):
 
 def evaluation(goal):
     model, images, labels = nac("Tiny")
-    optimizer = models.optimizer(model, dict(lr=1e-4, weight_decay=0.05, decay_all=True, betas=[0.9, 0.999]))
-    forward_backward = step(model.train(), model, images, labels=labels)
+    options = dict(lr=1e-4, weight_decay=0.05, decay_all=True, betas=[0.9, 0.999])
+    optimizer, forward_backward = models.optimizer(model, options), step(model, model, images, labels=labels)
 
     def train():
         model.train()
         forward_backward()
-        models.update({0: (model, optimizer, None)}, 1e-4, 0)
+        optimizer.step()
 
     @torch.no_grad()
     def evaluate():
@@ -295,7 +312,8 @@ ROWS = {
     "moe collapsed": lambda: moe("collapsed", "0.91x"),
     "one pass": lambda: one_pass("90 % of the predicted saving"),
     "data Tiny": lambda: pipeline("Tiny-ImageNet, full augmentation", 64, 64, 64, 512, 85, "1500 im/s"),
-    "data ImageNet": lambda: pipeline("224 px from 500x375 JPEG, full augmentation", 224, 500, 375, 96, 92, "150 im/s"),
+    "data ImageNet": lambda: pipeline(
+        "224 px from 500x375 JPEG, full augmentation", 224, 500, 375, 96, 92, "150 im/s"),
     "evaluation": lambda: evaluation("2.5x"),
 }
 

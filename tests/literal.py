@@ -1,11 +1,13 @@
 """The definitions of the NAC (2210.08031, with m2mKD's details) and of the mixture of experts, as they stand.
 
-models.py reaches the same numbers by shorter ways. Here nothing is shortened: every key and value of every pair of
-latent and token is written out, and the mixture is a loop over tokens. test_models.py shows that outputs and gradients
-agree; bench.py shows what the shorter ways save. Each function takes a module of models.py for its parameters only.
+models.py reaches the same numbers by shorter ways. Here nothing is shortened: every key and value of every
+pair of latent and token is written out, and the mixture is a loop over tokens. test_models.py shows that
+outputs and gradients agree; bench.py shows what the shorter ways save. A function takes a module of models.py
+for its parameters only.
 
 In training the noise is drawn in models.py's order and shapes, so with the same seed both see the same draws.
-Axes as in models.py: B batch · U receivers · V senders or tokens · D width · X token width · h heads · d head width
+Axes as in models.py: B batch · U receivers · V senders or tokens · D width · X token width · h heads ·
+    d head width
 """
 
 import math
@@ -74,7 +76,9 @@ def seeder(m, codes, batch):
     c = layer_norm(m.norm, jitter(codes, m.training))
     mu = einsum("dc,uc->ud", m.mu.weight, c) + m.mu.bias
     logvar = einsum("dc,uc->ud", m.logvar.weight, c) + m.logvar.bias
-    noise = torch.randn(batch, *mu.shape, dtype=mu.dtype, device=mu.device) if m.training else mu.new_zeros(batch, 1, 1)
+    noise = mu.new_zeros(batch, 1, 1)
+    if m.training:
+        noise = torch.randn(batch, *mu.shape, dtype=mu.dtype, device=mu.device)
     return mu + noise * torch.exp(0.5 * logvar)
 
 
@@ -84,7 +88,7 @@ def read_in(m, states, tokens, codes):
 
 
 def read_in_attention(m, states, tokens, codes):
-    """Input latents attend to tokens; keys and values are modulated by the receiver's code. B U D, B V X, U C -> B U D."""
+    """Input latents attend to tokens, modulated by the receiver's code. B U D, B V X, U C -> B U D."""
     att = m.attention
     q = mod_fc(att.query, layer_norm(att.receiver_norm, states), codes)  # B U h·d
     x = layer_norm(att.sender_norm, tokens)[:, :, None]  # B V 1 X
@@ -112,7 +116,7 @@ def sampled_log_kernel(K, batch):
 
 
 def latent_attention(m, receivers, senders, receiver_codes, sender_codes, log_kernel=None):
-    """γ · exit(softmax_v(q_u·k_v/√d + log K(u, v)) v_v): q, exit by the receiver's code, k, v by the sender's."""
+    """γ · exit(softmax_v(q_u·k_v/√d + log K(u, v)) v_v): q, exit by receivers' codes, k, v by senders'."""
     q = mod_fc(m.query, layer_norm(m.receiver_norm, receivers), receiver_codes)
     x = layer_norm(getattr(m, "sender_norm", m.receiver_norm), senders)
     k, v = mod_fc(m.key, x, sender_codes), mod_fc(m.value, x, sender_codes)
@@ -140,10 +144,11 @@ def read_out(m, receivers, senders, receiver_codes, sender_codes, signatures_u, 
 
 
 def pool(m, x):
-    """Softmax over the output latents' confidences (Gumbel-softmax in training), then the classifier. B U D -> B K."""
+    """Softmax over the latents' confidences, in training with Gumbel noise; classifier. B U D -> B K."""
     confidence = einsum("d,bud->bu", m.confidence_scorer.weight[0], x) + m.confidence_scorer.bias
     if m.training:
-        confidence = confidence - torch.log(torch.empty_like(confidence[..., None]).exponential_())[..., 0]
+        noise = torch.empty_like(confidence[..., None]).exponential_()  # models.py's draw is B U 1
+        confidence = confidence - torch.log(noise)[..., 0]
     pooled = einsum("bu,bud->bd", confidence.softmax(-1), x)
     return einsum("kd,bd->bk", m.to_logits.weight, pooled) + m.to_logits.bias
 
@@ -157,21 +162,22 @@ def nac(m, images):
     x_in = read_in(m.read_in, x_in, tokenizer(m.tokenizer, images), inputs.codes)
     x = seeder(m.seeder, mediators.codes, B)
     for p in m.propagators:
-        x = propagator(p, x, torch.cat([x_in, x], 1), mediators.codes, codes, mediators.signatures, signatures)
-    out = seeder(m.seeder, outputs.codes, B)
-    out = read_out(m.read_out, out, torch.cat([x_in, x], 1), outputs.codes, codes, outputs.signatures, signatures)
+        senders = torch.cat([x_in, x], 1)
+        x = propagator(p, x, senders, mediators.codes, codes, mediators.signatures, signatures)
+    out, senders = seeder(m.seeder, outputs.codes, B), torch.cat([x_in, x], 1)
+    out = read_out(m.read_out, out, senders, outputs.codes, codes, outputs.signatures, signatures)
     return pool(m.pool, out)
 
 
 def moe(m, x):
-    """out = Σ_k g_k · expert_{e_k}(x), token by token; an expert that is full turns a token away. B N D -> B N D."""
-    tokens, out = x.flatten(0, 1), []
-    E = m.router.out_features
-    room = [math.ceil(m.capacity * len(tokens) * m.top_k / E) if m.training and m.capacity else len(tokens)] * E
+    """out = Σ_k g_k · expert_{e_k}(x), token by token; a full expert turns a token away. B N D -> B N D."""
+    tokens, out, E = x.flatten(0, 1), [], m.router.out_features
+    limited = m.training and m.capacity
+    room = [math.ceil(m.capacity * len(tokens) * m.top_k / E) if limited else len(tokens)] * E
     for t in tokens:
-        logits, e = (m.router.weight @ t + m.router.bias).topk(m.top_k)
+        logits, chosen = (m.router.weight @ t + m.router.bias).topk(m.top_k)
         y = torch.zeros_like(t)
-        for gate, e in zip(logits.softmax(-1), e.tolist()):
+        for gate, e in zip(logits.softmax(-1), chosen.tolist()):
             if room[e]:
                 room[e] -= 1
                 hidden = F.gelu(m.fc1_weight[e] @ t + m.fc1_bias[e])

@@ -1,7 +1,7 @@
-"""Agreement with the original: outputs, losses and gradients of files that its own code made (tests/fixtures).
+"""Agreement with the original: outputs, losses and gradients of files that its code made (tests/fixtures).
 
-In float64 to 1e-6, in float32 to 1e-5 on outputs and 1e-4 on gradients, as norm of the difference over norm, tensor by
-tensor. The files' weights are read under the original's names, so this tests the reading of its checkpoints too.
+Tensor by tensor, the norm of the difference over the norm is at most 1e-6 in float64; in float32 it is
+at most 1e-5 for outputs and 1e-4 for gradients. Weights are read under the original's names.
 """
 
 from pathlib import Path
@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import distill_module
 import models
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -25,12 +24,13 @@ def close(ours, theirs, tolerance, what):
     ours, theirs = ours.double(), theirs.double()
     assert ours.shape == theirs.shape, what
     scale = theirs.norm()
-    error = (ours - theirs).norm() / (scale if scale > 1e-12 else 1)  # a gradient that is zero in theory: absolute
+    # Absolute where a gradient is zero in theory.
+    error = (ours - theirs).norm() / (scale if scale > 1e-12 else 1)
     assert error <= tolerance, f"{what}: {error:.2e}"
 
 
 def close_gradients(model, theirs, tolerance):
-    """Compares all gradients; the original's names are translated, and no tensor may be left over on either side."""
+    """Compares all gradients under translated names; none may be left over on either side."""
     theirs = models.translate(theirs, model)
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in theirs.items():
@@ -40,8 +40,8 @@ def close_gradients(model, theirs, tolerance):
 
 
 def vit(c, depths, **options):
-    return models.ViT(image_size=c["img_size"], patch=c["patch_size"], width=c["embed_dim"], heads=c["num_heads"],
-                      depths=depths, classes=c["num_classes"], **options).eval()
+    sizes = (c[key] for key in ("img_size", "patch_size", "embed_dim", "num_heads"))
+    return models.ViT(*sizes, depths, c["num_classes"], **options).eval()
 
 
 def load(model, state, dtype):
@@ -51,8 +51,9 @@ def load(model, state, dtype):
 
 def meta_and_teacher(dtype):
     f = fixture("vit")
-    return (load(vit(f["config"], f["config"][f"{role}_depths"]), f[role]["model"], dtype).requires_grad_(False)
-            for role in ("meta", "teacher"))
+    for role in ("meta", "teacher"):
+        model = vit(f["config"], f["config"][f"{role}_depths"])
+        yield load(model, f[role]["model"], dtype).requires_grad_(False)
 
 
 @pytest.mark.parametrize("dtype, tolerance, _", PRECISIONS)
@@ -64,8 +65,8 @@ def test_vit(dtype, tolerance, _):
         for i, state in enumerate(f[role]["model_stages"]):  # the same model, module by module
             models.load_state(model.parts[i], state, "fixture")
         close(model(images), f[f"{role}_logits"], tolerance, f"{role} from modules")
-    huge = vit(f["config"], f["config"]["meta_depths"], qkv_bias=False, eps=1e-5)
-    close(load(huge, f["huge_options"]["model"], dtype)(images), f["huge_options"]["logits"], tolerance, "huge")
+    huge, expected = vit(f["config"], f["config"]["meta_depths"], qkv_bias=False, eps=1e-5), f["huge_options"]
+    close(load(huge, expected["model"], dtype)(images), expected["logits"], tolerance, "huge")
 
 
 @pytest.mark.parametrize("dtype, tolerance, gradient_tolerance", PRECISIONS)
@@ -75,8 +76,8 @@ def test_vmoe(dtype, tolerance, gradient_tolerance, stitched):
     c, expected = f["config"], f["stitched"] if stitched else f
     model = vit(c, c["depths"], moe=dict(experts=c["experts"]), moe_blocks=c["moe_positions"])
     if stitched:
-        model.stitches.extend(models.new_stitches(model, {"seed": 0, "student": {"width": c["embed_dim"]},
-                                                          "meta": {"width": c["stitch_dim"]}}) for _ in range(2))
+        widths = {"student": {"width": c["embed_dim"]}, "meta": {"width": c["stitch_dim"]}}
+        model.stitches.extend(models.new_stitches(model, widths) for _ in range(2))
     load(model, expected["model"], dtype)
     logits = model(f["images"].to(dtype))
     close(logits, expected["logits"], tolerance, "logits")
@@ -89,10 +90,12 @@ def nac():
     c = fixture("nac_full")["config"]
     g, t = c["latent_graph_kwargs"], c["input_tokenizer_kwargs"]
     return models.NAC(
-        image_size=16, width=c["state_dim"], heads=g["num_heads"], head_width=g["head_dim"], classes=c["output_dim"],
-        latents=(g["num_input_latents"], g["num_mediator_latents"], g["num_output_latents"]),
+        image_size=16, width=c["state_dim"], heads=g["num_heads"], head_width=g["head_dim"],
+        classes=c["output_dim"],
+        latents=[g[f"num_{kind}_latents"] for kind in ("input", "mediator", "output")],
         propagators=g["num_iterations"], code_width=g["code_dim"], signature_width=g["signature_dim"],
-        ffn_ratio=g["ffn_capacity_factor"], tokenizer_blocks=1, grid_width=t["positional_grid_kwargs"]["dim"]).eval()
+        ffn_ratio=g["ffn_capacity_factor"], tokenizer_blocks=1,
+        grid_width=t["positional_grid_kwargs"]["dim"]).eval()
 
 
 @pytest.mark.parametrize("dtype, tolerance, gradient_tolerance", PRECISIONS)
@@ -117,8 +120,15 @@ def test_nac_regularizers(dtype, tolerance, gradient_tolerance):
         close_gradients(model, f[f"{name}_grads"], gradient_tolerance)
 
 
+def student_module(whole, i, width, stitch_width):
+    """Module i of a student, with its stitches, as the original trains it."""
+    config = {"seed": 0, "student": {"width": width}, "distill": {"codes": "original"},
+              "meta": {"width": stitch_width, "depths": [1, 1, 1]}}
+    return models.cut(whole, config, "student")[i].eval()
+
+
 def check_pair(student, expected, f, i, dtype, tolerance, gradient_tolerance):
-    """One student module in its hybrid: logits of both hybrids, then soft and hard loss with their gradients."""
+    """A student module in its hybrid: logits of both hybrids, soft and hard loss with their gradients."""
     meta, teacher = meta_and_teacher(dtype)
     alpha, tau = f["config"]["alpha"], f["config"]["tau"]
     h = meta.hidden_states(f["images"].to(dtype))[i]
@@ -128,8 +138,8 @@ def check_pair(student, expected, f, i, dtype, tolerance, gradient_tolerance):
         student.zero_grad()
         student_logits = meta.rest(i + 1, student(h))
         close(student_logits, expected["student_logits"], tolerance, "student hybrid")
-        loss = ((1 - alpha) * distill_module.soft_target_ce(student_logits, f["targets"].to(dtype))
-                + alpha * distill_module.kd(student_logits, teacher_logits, tau, kind, "mean"))
+        loss = ((1 - alpha) * models.soft_target_ce(student_logits, f["targets"].to(dtype))
+                + alpha * models.kd(student_logits, teacher_logits, tau, kind, "mean"))
         close(loss, expected[kind]["loss"], tolerance, kind)
         loss.backward()
         close_gradients(student, expected[kind]["grads"], gradient_tolerance)
@@ -143,10 +153,9 @@ def test_m2mkd_nac(dtype, tolerance, gradient_tolerance, i, name):
     s = c["share"]
     whole = models.NAC(
         image_size=16, width=s["state_dim"], heads=c["heads"], head_width=c["head_dim"], latents=(1, 1, 1),
-        propagators=1, classes=5, code_width=s["code_dim"], ffn_ratio=s["ffn_capacity_factor"], tokenizer_blocks=1,
-        grid_width=c["tokenizer"]["positional_grid_kwargs"]["dim"])
-    student = models.cut(whole, {"seed": 0, "student": {"width": s["state_dim"]}, "meta": {"width": c["stitch_dim"]},
-                                 "distill": {"codes": "original", "stitches": "drop"}}, "student")[i].eval()
+        propagators=1, classes=5, code_width=s["code_dim"], ffn_ratio=s["ffn_capacity_factor"],
+        tokenizer_blocks=1, grid_width=c["tokenizer"]["positional_grid_kwargs"]["dim"])
+    student = student_module(whole, i, s["state_dim"], c["stitch_dim"])
     load(student, expected["state_dict"], dtype)
     student.body.token_codes = expected["codes"].to(dtype)
     if expected["states"] is not None:  # the original has a state for each place in the batch
@@ -159,9 +168,8 @@ def test_m2mkd_nac(dtype, tolerance, gradient_tolerance, i, name):
 def test_m2mkd_vmoe(dtype, tolerance, gradient_tolerance, i):
     f = fixture("m2mkd_vmoe")
     c, expected = f["config"], f["students"][i]
-    whole = models.ViT(image_size=16, patch=4, width=c["embed_dim"], heads=c["num_heads"], depths=[1, 1, 1], classes=5,
-                       moe=dict(experts=c["experts"]))
-    student = models.cut(whole, {"seed": 0, "student": {"width": c["embed_dim"]}, "meta": {"width": c["stitch_dim"]},
-                                 "distill": {"stitches": "drop"}}, "student")[i].eval()
+    moe = dict(experts=c["experts"])
+    whole = models.ViT(16, 4, c["embed_dim"], c["num_heads"], depths=[1, 1, 1], classes=5, moe=moe)
+    student = student_module(whole, i, c["embed_dim"], c["stitch_dim"])
     load(student, expected["model"], dtype)
     check_pair(student, expected, f, i, dtype, tolerance, gradient_tolerance)

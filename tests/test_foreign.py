@@ -1,7 +1,8 @@
-"""Weights from elsewhere: state dicts in timm's and DeiT's names, Deep Incubation's files, the original's single modules.
+"""Promises about weights from elsewhere: what they mean is kept, and what does not fit is named.
 
-What a file means is written out here a second time, from the papers and the names alone (vit), and must give the logits
-that the model gives after load_weights. (test_fixtures.py reads files of the original's own code.)
+Read: state dicts in timm's and DeiT's names, Deep Incubation's files, the original's single modules, weights
+of another image size or precision. A ViT is written out here a second time, from papers and names alone, and
+the model must give its logits after load_weights. (test_fixtures.py reads the original's files.)
 """
 
 import math
@@ -33,9 +34,9 @@ def state_dict(patch, width, heads, depth, size, classes=CLASSES, seed=0):
     for k in range(depth):
         for norm in ("norm1", "norm2"):
             state |= {f"blocks.{k}.{norm}.weight": 1 + bias(width), f"blocks.{k}.{norm}.bias": bias(width)}
-        for name, a, b in (("attn.qkv", width, 3 * width), ("attn.proj", width, width), ("mlp.fc1", width, 4 * width),
-                           ("mlp.fc2", 4 * width, width)):
-            state |= {f"blocks.{k}.{name}.weight": weight(b, a), f"blocks.{k}.{name}.bias": bias(b)}
+        for name, a, b in (("attn.qkv", 1, 3), ("attn.proj", 1, 1), ("mlp.fc1", 1, 4), ("mlp.fc2", 4, 1)):
+            state[f"blocks.{k}.{name}.weight"] = weight(b * width, a * width)
+            state[f"blocks.{k}.{name}.bias"] = bias(b * width)
     return state | {"norm.weight": 1 + bias(width), "norm.bias": bias(width),
                     "head.weight": weight(classes, width), "head.bias": bias(classes)}
 
@@ -46,9 +47,9 @@ def vit(state, images, patch, heads, depth):
         return torch.einsum("...i,oi->...o", x, state[f"{name}.weight"]) + state[f"{name}.bias"]
 
     def norm(x, name):
-        centred = x - x.mean(-1, keepdim=True)
-        deviation = torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
-        return centred / deviation * state[f"{name}.weight"] + state[f"{name}.bias"]
+        centered = x - x.mean(-1, keepdim=True)
+        deviation = torch.sqrt(centered.square().mean(-1, keepdim=True) + 1e-6)
+        return centered / deviation * state[f"{name}.weight"] + state[f"{name}.bias"]
 
     patches = images.unfold(2, patch, patch).unfold(3, patch, patch)  # B 3 rows columns p p
     x = torch.einsum("bcrspq,dcpq->brsd", patches, state["patch_embed.proj.weight"]).flatten(1, 2)
@@ -102,13 +103,13 @@ def modules(state, depths=(1, 1, 1, 1)):
     for i, (start, depth) in enumerate(zip(starts, depths)):
         for k in range(depth):
             old = f"blocks.{start + k}."
-            own[i] |= {f"blocks.{k}.{name[len(old):]}": value for name, value in state.items() if name.startswith(old)}
+            for name in [name for name in state if name.startswith(old)]:
+                own[i][f"blocks.{k}.{name[len(old):]}"] = state[name]
     own[-1] |= {name: value for name, value in state.items() if name.startswith(("norm", "head"))}
     return own
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is read
+# ---------- What is read
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", *(pytest.param(a, marks=pytest.mark.slow)
@@ -123,17 +124,23 @@ def test_a_timm_state_dict_gives_its_logits_at_true_size(tmp_path, arch):
 
 
 def deep_incubation(state):
-    doubles = {f"stages.{i}.{name}": value for i, module in enumerate(modules(state)) for name, value in module.items()}
-    return {"model": {**doubles, **state}, "model_stages": modules(state), "epoch": 99, "lr_scheduler": {"base": [0.1]},
-            "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-5, "params": [0]}]}}
+    parts = modules(state)
+    doubles = {f"stages.{i}.{name}": value for i, part in enumerate(parts) for name, value in part.items()}
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-5, "params": [0]}]}
+    return {"model": {**doubles, **state}, "model_stages": parts, "epoch": 99, "optimizer": optimizer,
+            "lr_scheduler": {"base": [0.1]}}
+
+
+def parallel(state):
+    return {f"module.{name}": value for name, value in state.items()}
 
 
 WRAPPINGS = {
-    "a state dict": lambda s: s, "model": lambda s: {"model": s}, "with an epoch": lambda s: {"model": s, "epoch": 3},
-    "state_dict": lambda s: {"state_dict": s}, "Deep Incubation": deep_incubation,
-    "data parallel": lambda s: {"model": {f"module.{name}": value for name, value in s.items()}},
-    "Deep Incubation, data parallel": lambda s: {
-        "model": {f"module.{name}": value for name, value in deep_incubation(s)["model"].items()}}}
+    "a state dict": lambda s: s, "model": lambda s: {"model": s}, "state_dict": lambda s: {"state_dict": s},
+    "with an epoch": lambda s: {"model": s, "epoch": 3}, "Deep Incubation": deep_incubation,
+    "ours": lambda s: {"model": s, "stage": "meta", "settings": {}, "config": {}, "class_names": ["a"]},
+    "data parallel": lambda s: {"model": parallel(s)},
+    "Deep Incubation, data parallel": lambda s: {"model": parallel(deep_incubation(s)["model"])}}
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
@@ -145,17 +152,19 @@ def test_every_wrapping_gives_the_state_dict_s_logits(tmp_path, wrapping):
 
 
 def bicubic(grid, new):
-    """Bicubic resize (a = −3/4, pixel centres, borders repeated) of a grid H W D, by hand."""
+    """Bicubic resize (a = −3/4, pixel centers, borders repeated) of a grid H W D, by hand."""
     def kernel(x):
         x, a = abs(x), -0.75
-        return ((a + 2) * x - (a + 3)) * x * x + 1 if x <= 1 else ((a * x - 5 * a) * x + 8 * a) * x - 4 * a if x < 2 else 0
+        if x <= 1:
+            return ((a + 2) * x - (a + 3)) * x * x + 1
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a if x < 2 else 0
 
     old = len(grid)
     weights = torch.zeros(new, old, dtype=torch.float64)
     for i in range(new):
-        centre = (i + 0.5) * old / new - 0.5
-        for j in range(math.floor(centre) - 1, math.floor(centre) + 3):
-            weights[i, min(max(j, 0), old - 1)] += kernel(centre - j)
+        center = (i + 0.5) * old / new - 0.5
+        for j in range(math.floor(center) - 1, math.floor(center) + 3):
+            weights[i, min(max(j, 0), old - 1)] += kernel(center - j)
     return torch.einsum("ri,sj,ijd->rsd", weights, weights, grid.double())
 
 
@@ -192,21 +201,34 @@ def test_the_original_s_teacher_modules_one_file_each_give_the_whole_teacher_s_l
     for i, part in enumerate(model.parts):
         models.load_weights(part, tmp_path / f"{i}.pth")
     check(model, state, sizes, 16)
+    whole = models.ViT(16, *SMALL[:3], list(depths), CLASSES).eval()
+    models.load_weights(whole, tmp_path)  # the folder at once
+    check(whole, state, sizes, 16)
+    (tmp_path / "1.pth").unlink()
+    refused(whole, tmp_path, "modules 0 to 3 of a ViT, but it holds ['0', '2', '3']")
 
 
 def test_a_teacher_from_elsewhere_is_what_the_commands_would_use(tmp_path):
     (tmp_path / "c.yaml").write_text("data: {image_size: 16}\n")
     config = models.load_config(tmp_path / "c.yaml", [
-        "meta.width=24", "meta.heads=3", "meta.patch=4", "teacher.width=24", "teacher.heads=3", "teacher.patch=4",
-        "teacher.depths=[1,2,1]", f"data.classes={CLASSES}", f"teacher.checkpoint={tmp_path}/w.pth"])
+        "meta.width=24", "meta.heads=3", "meta.patch=4", "teacher.width=24", "teacher.heads=3",
+        "teacher.patch=4", "teacher.depths=[1,2,1]", f"data.classes={CLASSES}",
+        f"teacher.checkpoint={tmp_path}/w.pth"])
     state, model = small(), models.build(config, "teacher").eval()
     torch.save(state, tmp_path / "w.pth")
-    models.load_weights(model, models.needed(config, "teacher"))
+    models.load_weights(model, models.weights_of(config, "teacher"))
     check(model, state, SMALL, 16)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is refused
+# ---------- What is refused
+
+
+def put(name, *shape):
+    return lambda state: state.update({name: torch.zeros(shape)})
+
+
+def drop(part):
+    return lambda state: [state.pop(name) for name in list(state) if part in name]
 
 
 def head_of(classes):
@@ -220,20 +242,24 @@ def distilled(state):
 
 
 WRONG = {  # what is wrong with the file -> (change, what the sentence must name)
-    "DeiT's distillation token": (lambda s: s.update(dist_token=torch.zeros(1, 1, 24)), "dist_token"),
-    "DeiT's second head": (lambda s: s.update({"head_dist.weight": torch.zeros(CLASSES, 24)}), "head_dist.weight"),
+    "DeiT's distillation token": (put("dist_token", 1, 1, 24), "unexpected tensor dist_token (1, 1, 24)"),
+    "DeiT's second head": (put("head_dist.weight", 7, 24), "unexpected tensor head_dist.weight (7, 24)"),
     "a distilled DeiT": (distilled, "dist_token"),
-    "layer scale": (lambda s: s.update({"blocks.1.ls1.gamma": torch.zeros(24)}), "blocks.1.ls1.gamma"),
-    "a norm after pooling": (lambda s: s.update({"fc_norm.weight": torch.zeros(24)}), "fc_norm.weight"),
-    "one block too many": (lambda s: s.update({"blocks.4.norm1.weight": torch.zeros(24)}), "blocks.4.norm1.weight"),
-    "one block too few": (lambda s: [s.pop(k) for k in list(s) if k.startswith("blocks.3.")], "blocks.3.norm1.weight"),
-    "no qkv bias": (lambda s: [s.pop(f"blocks.{k}.attn.qkv.bias") for k in range(4)], "blocks.0.attn.qkv.bias"),
+    "layer scale": (put("blocks.1.ls1.gamma", 24), "unexpected tensor blocks.1.ls1.gamma (24,)"),
+    "a norm after pooling": (put("fc_norm.weight", 24), "unexpected tensor fc_norm.weight (24,)"),
+    "one block too many": (put("blocks.4.norm1.bias", 24), "unexpected tensor blocks.4.norm1.bias (24,)"),
+    "one block too few": (drop("blocks.3."), "lacks the tensor blocks.3.norm1.weight (24,)"),
+    "no qkv bias": (drop("qkv.bias"), "lacks the tensor blocks.0.attn.qkv.bias (72,)"),
     "other classes": (head_of(1000), "head.weight is (1000, 24), the model's (7, 24)"),
-    "no head": (lambda s: (s.pop("head.weight"), s.pop("head.bias")), "head.weight"),
-    "another patch": (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(24, 3, 8, 8)}), "patch_embed.proj.weight"),
-    "another width": (lambda s: s.update(state_dict(4, 48, 3, 4, 16)), "cls_token is (1, 1, 48), the model's (1, 1, 24)"),
-    "a grid that is no square": (lambda s: s.update(pos_embed=torch.zeros(1, 13, 24)), "pos_embed is (1, 13, 24), the model's (1, 17, 24)"),
-    "weights that are not finite": (lambda s: s["blocks.2.mlp.fc1.bias"].fill_(torch.nan), "mlp.fc1.bias is not finite"),
+    "no head": (drop("head."), "lacks the tensor head.weight (7, 24)"),
+    "another patch": (put("patch_embed.proj.weight", 24, 3, 8, 8),
+                      "patch_embed.proj.weight is (24, 3, 8, 8), the model's (24, 3, 4, 4)"),
+    "another width": (lambda s: s.update(state_dict(4, 48, 3, 4, 16)),
+                      "cls_token is (1, 1, 48), the model's (1, 1, 24)"),
+    "a grid that is no square": (put("pos_embed", 1, 13, 24),
+                                 "pos_embed is (1, 13, 24), the model's (1, 17, 24)"),
+    "weights that are not finite": (lambda s: s["blocks.2.mlp.fc1.bias"].fill_(torch.nan),
+                                    "mlp.fc1.bias is not finite"),
 }
 
 
@@ -260,7 +286,28 @@ def test_a_vit_is_not_read_as_a_nac_nor_as_a_v_moe(tmp_path):
     torch.save(small(), tmp_path / "w.pth")
     nac = models.NAC(16, 24, 3, 8, (2, 4, 2), 1, CLASSES)
     refused(nac, tmp_path / "w.pth", next(iter(nac.state_dict())))
-    refused(models.ViT(16, *SMALL[:3], [1] * 4, CLASSES, moe=dict(experts=2)), tmp_path / "w.pth", "blocks.0.moe")
+    refused(v_moe(), tmp_path / "w.pth", "lacks the tensor blocks.1.moe.")
+
+
+def v_moe(experts=2):
+    return models.ViT(16, *SMALL[:3], [1] * 4, CLASSES, moe=dict(experts=experts), moe_blocks=[1])
+
+
+def test_experts_of_another_number_or_shape_are_named(tmp_path):
+    """The original has a tensor an expert, htoh4 (1, H, D) and h4toh (1, D, H); ours are stacked."""
+    model, state = v_moe(), v_moe().state_dict()
+    for ours, theirs in (("fc1", "htoh4"), ("fc2", "h4toh")):
+        for kind in ("weight", "bias"):
+            for e, value in enumerate(state.pop(f"blocks.1.moe.{ours}_{kind}")):
+                state[f"blocks.1.moe.experts.{e}.{theirs}.{kind}"] = value[None]
+    torch.save(state, tmp_path / "w.pth")
+    models.load_weights(model, tmp_path / "w.pth")
+    fc1 = torch.cat([state[f"blocks.1.moe.experts.{e}.htoh4.weight"] for e in range(2)])
+    assert torch.equal(model.blocks[1].moe.fc1_weight, fc1)
+    refused(v_moe(experts=3), tmp_path / "w.pth", "moe.fc1_weight is (2, 96, 24), the model's (3, 96, 24)")
+    state["blocks.1.moe.experts.1.htoh4.weight"] = torch.zeros(1, 5, 24)
+    torch.save(state, tmp_path / "w.pth")
+    refused(model, tmp_path / "w.pth", "lacks the tensor blocks.1.moe.fc1_weight (2, 96, 24)")
 
 
 def refused(model, path, names):
