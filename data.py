@@ -54,7 +54,7 @@ class Data:
     image_size: Size = 32  # pixels; images are square
     classes: Annotated[int, 2, 10**6] | None = None  # null: what the set has; those of a folder are counted
     train_images: int = 0  # how many to use, or to draw (glyphs); 0: all
-    validation_images: Count | None = None  # held out of the training images; null: a tenth, at most 1,000
+    validation_images: Count | None = None  # held out of train; null: a tenth, at most 1,000
     test_images: int = 0  # 0: all
     robustness: list[str] = []  # further test sets: renditions, or a folder of <class name>/*
     pad: Annotated[int, 0, 4096] = 0  # random crop after padding by so many pixels
@@ -607,6 +607,8 @@ FIRST_INDEX = {"train": 0, "validation": 1 << 40, "test": 2 << 40}
 
 def _glyphs(options, split):
     characters, count, size = GLYPHS[options["set"]], options[f"{split}_images"], options["image_size"]
+    if split == "validation":
+        count = held_out(options, options["train_images"])
     classes = options["classes"] or len(characters)
     if not count or classes > len(characters):
         raise UserError(f"data.{split}_images={count} of data.classes={classes} {options['set']} cannot be "

@@ -43,7 +43,10 @@ def main():
     options = {key: d[key] for key in ("tau", "kind", "reduction")}
     name, alpha = ("incubate", 0.0) if role == "teacher" else ("distill", d["alpha"])
     process = data.setup(config["device"])
-    wanted = range(models.modules_of(config)) if words.module is None else [words.module]
+    L = models.modules_of(config)
+    if words.module not in (None, *range(L)):
+        raise data.UserError(f"module={words.module} is not one of the modules 0 to {L - 1}.")
+    wanted = range(L) if words.module is None else [words.module]
     files = {i: f"{role}_modules/{i}.pt" for i in wanted}
     files = {i: file for i, file in files.items() if not models.finished(config, name, file)}
     if not files:

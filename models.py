@@ -1440,9 +1440,11 @@ def load_state(model, state, path, new_head=False):
             raise UserError(f"{path} {what} tensor {name} {tuple(tensor.shape)}.")
     for name, value in own.items():  # last, because a distilled DeiT is better known by its dist_token
         tensor = state[name]
-        if tensor.shape != value.shape or not tensor.is_floating_point():
-            kinds = (f"{tuple(t.shape)} of {t.dtype}" for t in (tensor, value))
-            raise UserError("{}: the tensor {} is {}, the model's {}.".format(path, name, *kinds))
+        if tensor.shape != value.shape:
+            raise UserError(f"{path}: the tensor {name} is {tuple(tensor.shape)}, the model's "
+                            f"{tuple(value.shape)}.")
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: the tensor {name} is of {tensor.dtype}, the model's of {value.dtype}.")
     if not any(tensor.is_meta for tensor in own.values()):  # look_at only wants to know whether it fits
         model.load_state_dict(state)
 

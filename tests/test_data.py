@@ -30,12 +30,14 @@ from data import UserError
 CPU = torch.device("cpu")
 ALONE = data.Setup(CPU, 0, 1)
 
+IMAGENET = {"mean": "imagenet", "std": "imagenet"}
+
 
 def make_config(**options):
     """A config of glyphs with every augmentation off; keyword arguments change keys of `data`."""
     defaults = dict(set="glyphs", root="", image_size=32, classes=24, train_images=100, validation_images=24,
                     test_images=48, robustness=[], pad=0, resized_crop=None, flip=0.0, randaugment=0.0,
-                    erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, repeats=1, workers=0)
+                    erasing=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0, repeats=1, workers=0, **IMAGENET)
     return {"seed": 3, "data": {**defaults, **options},
             "train": {stage: {"batch": 8, "accumulate": 2, "images": None, "passes": 1}
                       for stage in ("meta", "student")}}
@@ -117,7 +119,7 @@ def test_renditions_of_drawn_and_of_read_images_keep_labels_and_differ(tmp_path)
         data.read_image(plain.source(i)).save(path)
     files = data.renditions(data.ImageSet([0, 1, 2], "abc", files=paths))
     (images, _), = data.eval_batches(files, config, ALONE)  # drawn while reading
-    assert torch.equal(images, data.normalize(drawn.images[:3]))
+    assert torch.equal(images, data.normalize(drawn.images[:3], IMAGENET))
 
 
 def test_every_kind_of_rendition_occurs_for_every_class(monkeypatch):
@@ -211,6 +213,7 @@ def test_images_in_sub_folders_of_a_class_are_read(tmp_path):
     (tmp_path / "train/a/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "train/a/linked/notes.txt").write_text("no image")
     save_image(tmp_path / "train/a/._hidden.png")  # macOS leaves such files; they are no images
+    save_image(tmp_path / "train/a/.ipynb_checkpoints/a_0-checkpoint.png")
     config = folder_config(tmp_path, 2, set="folder")
     sets = [data.load(config, split) for split in ("train", "validation")]
     found = sorted((int(label), os.path.relpath(file, tmp_path / "train"))
@@ -231,7 +234,12 @@ def test_the_classes_of_a_folder_are_counted(tmp_path):
 
     assert classes() == (3, None)
     assert classes("data.set=cifar100", "target.set=folder", f"target.root={tmp_path}") == (100, 3)
+    assert classes("target.set=folder") == classes(f"target.root={tmp_path}") == (3, 3)
     assert classes("data.classes=4") == (4, None)
+    make_folders(tmp_path / "other", "train", "pqrs"), make_folders(tmp_path / "other", "test", "pqrs")
+    assert classes(f"target.root={tmp_path / 'other'}") == (3, 4)
+    with pytest.raises(UserError, match="data.root='' is not a folder"):
+        classes("data.root=")
     with pytest.raises(UserError, match="data.classes=4, but folder in .* has 3 classes"):
         data.load(models.load_config(tmp_path / "c.yaml", ["data.classes=4"]), "test")
 
@@ -256,6 +264,8 @@ def test_tiny_imagenet_is_read_in_every_layout(tmp_path, layout):
     assert sorted(test.labels.tolist()) == [0, 1, 1] and reds == [40 * c for c in test.labels]
     assert len(data.load(config, "train")) == 3
     if layout == "downloaded":
+        (tmp_path / "val" / "images" / ".DS_Store").write_text("")
+        assert len(data.load(config, "test")) == 3
         save_image(tmp_path / "val" / "images" / "val_3.png")
         with pytest.raises(UserError, match="val_annotations.txt does not list .*val_3.png"):
             data.load(config, "test")
@@ -438,7 +448,8 @@ def test_draws_are_the_same_in_every_python_process():
 def test_an_epoch_shows_every_image_at_most_once_and_repeats_on_request():
     config, imageset = small_config(), random_set(70)
     seen = torch.cat([images for images, _ in epoch_of(config, imageset)])
-    assert len(seen) == 64 and len(rows(seen)) == 64 and rows(seen) <= rows(data.normalize(imageset.images))
+    assert len(seen) == 64 and len(rows(seen)) == 64 and rows(seen) <= rows(
+        data.normalize(imageset.images, IMAGENET))
     config["data"]["repeats"] = 3
     repeated = torch.cat([images for images, _ in epoch_of(config, imageset)])
     assert len(repeated) == 64 and len(rows(repeated)) == 22  # 21 images three times, one once
@@ -465,7 +476,7 @@ def test_every_image_is_evaluated_once(count, world, size):
     assert sorted(labels.tolist()) == list(range(count))
     views = [data.center_crop(data.read_image(imageset.source(i)), size) for i in range(count)]
     expected = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
-    assert torch.equal(images, data.normalize(expected)[labels])
+    assert torch.equal(images, data.normalize(expected, IMAGENET)[labels])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -505,7 +516,7 @@ def test_an_unreadable_image_is_named_also_from_a_worker(tmp_path, workers):
         assert "\n" not in str(error.value)
     (images, _), = data.eval_batches(files.take([0]), config, ALONE)  # the workers are still there
     assert torch.equal(images, data.normalize(torch.tensor([10, 200, 30], dtype=torch.uint8)
-                                              .view(1, 3, 1, 1).expand(1, 3, 8, 8)))
+                                              .view(1, 3, 1, 1).expand(1, 3, 8, 8), IMAGENET))
 
 
 # ---------- 3 Transforms
@@ -514,7 +525,7 @@ def test_an_unreadable_image_is_named_also_from_a_worker(tmp_path, workers):
 def test_normalization_by_hand():
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1)
     expected = torch.tensor([-0.485 / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225])
-    torch.testing.assert_close(data.normalize(images).flatten(), expected)
+    torch.testing.assert_close(data.normalize(images, IMAGENET).flatten(), expected)
 
 
 def test_padding_moves_by_at_most_pad_repeats_edges_and_flips_as_often_as_asked():

@@ -205,7 +205,7 @@ def test_the_original_s_teacher_modules_one_file_each_give_the_whole_teacher_s_l
     models.load_weights(whole, tmp_path)  # the folder at once
     check(whole, state, sizes, 16)
     (tmp_path / "1.pth").unlink()
-    refused(whole, tmp_path, "modules 0 to 3 of a ViT, but it holds ['0', '2', '3']")
+    refused(whole, tmp_path, "modules 0 to 3, but it holds ['0', '2', '3']")
 
 
 def test_a_teacher_from_elsewhere_is_what_the_commands_would_use(tmp_path):
