@@ -1,0 +1,98 @@
+"""Promises of README and docs: what they quote stands in the files, what they name exists, their commands are accepted."""
+
+import re
+import statistics
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import models
+
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+QUOTED = re.findall(r"\| (\w+\.py): `(.+?)` \|", PAGES["equations.md"])
+
+
+def test_the_readme_is_one_sitting():
+    assert PAGES["README.md"].count("\n") <= 200 and len(PAGES["README.md"].split()) <= 2000
+
+
+def test_the_equations_are_found():
+    assert len(QUOTED) > 15
+
+
+@pytest.mark.parametrize("file, line", QUOTED)
+def test_a_quoted_line_of_code_stands_in_its_file(file, line):
+    assert any(text.strip().split("  # ")[0] == line for text in (ROOT / file).read_text().splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_keys_files_and_links_exist(page):
+    text = PAGES[page]
+    blocks = "|".join(block[:-1] for block in models.BLOCKS if block.count(".") == 1) + "|train"
+    keys = set(re.findall(rf"\b((?:{blocks})\.[a-z_]+(?:\.[a-z_]+)?)=", text))
+    assert keys <= set(models.KEYS), keys - set(models.KEYS)
+    for name in re.findall(r"\b(?:configs|docs|tests)/\w+\.\w+", text) + re.findall(r"\b[a-z_]+\.py\b", text):
+        assert any((ROOT / folder / name).is_file() for folder in ("", "tests", "docs")), name
+    folder = ROOT if page == "README.md" else ROOT / "docs"
+    prose = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", prose):
+        assert not link or (folder / link).exists(), link
+        headings = re.findall(r"^#+ (.*)", (folder / link).read_text() if link else text, re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
+
+
+def test_the_patch_fits_its_file():
+    patch = re.search(r"```diff\n(--- a/.*?)```", PAGES["extend.md"], re.S)[1]
+    subprocess.run(["git", "apply", "--check", "-"], cwd=ROOT, input=patch, text=True, check=True)
+
+
+def test_every_command_of_reproduce_sh_has_a_config_that_is_accepted(tmp_path, monkeypatch):
+    script = (ROOT / "docs/reproduce.sh").read_text().replace("docs/extend.md's patch", "")
+    # The script itself, with commands that only say how they were called.
+    stubs = f'python() {{ echo "$@" >> {tmp_path}/all; }}\nbash() {{ echo "$@" >> {tmp_path}/all; }}\n'
+    stubs += "mkdir() { :; }\ngrep() { :; }\n"
+    script = script.replace("set -euo pipefail\n", "set -euo pipefail\n" + stubs, 1)
+    sections = re.findall(r"^(\w+)\(\) \{  ?(?:#.*)?$|^(\w+)\(\) \{$", script, re.M)
+    for section in re.search(r"^  ([\w |]+)\) \"\$section\"", script, re.M)[1].split(" | "):
+        assert section in {name for pair in sections for name in pair}
+        subprocess.run(["bash", "-c", script, str(ROOT / "docs/reproduce.sh"), section], cwd=ROOT, check=True)
+    commands = {line for line in (tmp_path / "all").read_text().splitlines() if re.search(r" seed=[13] ", line)}
+    assert len(commands) > 100
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)  # the runs that are shared
+    monkeypatch.setattr(models, "told", lambda config: {"mean": "imagenet", "std": "imagenet"})  # as are checkpoints
+    for script, *words in map(str.split, commands):
+        (config,) = (word for word in words if word.startswith("configs/"))
+        overrides = [w for w in words if w not in ("--config", config) and not w.startswith("role=")]
+        assert (ROOT / script).is_file()
+        models.load_config(ROOT / config, [word.strip('"') for word in overrides])
+
+
+# ---------- Figures
+
+
+def read_results():
+    """docs/results.csv -> {(run, role, set): {seed: top-1}}"""
+    results = {}
+    for line in (ROOT / "docs/results.csv").read_text().splitlines()[1:]:
+        run, seed, role, name, top1 = line.split(",")
+        results.setdefault((run, role, name), {})[seed] = float(top1)
+    return results
+
+
+def figure(values):
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def test_the_figures_of_readme_and_configs_are_those_of_results_csv():
+    results = read_results()
+    known = {figure(seeds.values()) for seeds in results.values() if len(seeds) > 1}
+    # Differences are paired within seeds.
+    pairs = [(a, b) for a in results for b in results if a[1:] == b[1:] and a[0] != b[0]]
+    differences = {figure([results[a][s] - results[b][s] for s in results[a]]) for a, b in pairs
+                   if set(results[a]) == set(results[b]) and len(results[a]) > 1}
+    pages = {"README.md": PAGES["README.md"], **{path.name: path.read_text() for path in ROOT.glob("configs/*.yaml")}}
+    for name, text in pages.items():
+        for sign, shown in re.findall(r"([+-]?)(\d+\.\d ± \d+\.\d)", text):
+            assert shown in known if not sign else sign.strip("+") + shown in differences, (name, shown)
