@@ -15,7 +15,7 @@ torch.set_num_threads(1)  # at the tests' sizes a second thread costs more than 
 
 import models  # noqa: E402
 
-# Each command puts its keys' source into its --help. Finding it takes half a second, so it is found once here.
+# Each command puts the source of its keys into --help. Finding it takes half a second: here it is found once.
 inspect.getsource = functools.cache(inspect.getsource)
 for block in models.BLOCKS.values():
     inspect.getsource(block)

@@ -1,66 +1,82 @@
-"""Promises of --dry-run: nothing is allocated, the stages' numbers are those of the run, memory is about what it will be."""
+"""Promises of --dry-run and of the cost in the log:
 
+  - nothing is allocated, and the table's numbers are those of the run that follows;
+  - multiply-adds of an epoch are those computed by hand;
+  - a teacher may be a folder with one file a module; one that does not fit the meta model is warned about.
+"""
+
+import json
 import re
+import resource
 
 import pytest
 import torch
-
-import models
 from conftest import ROOT
 from test_runs import CONFIG, run, write_config
 
-DEMOS = [ROOT / f"configs/{name}.yaml" for name in ("demo_nac", "demo_vmoe")]
+import evaluate
+import models
+
+NAC, VMOE = (ROOT / f"configs/demo_{name}.yaml" for name in ("nac", "vmoe"))
+
+# ---------- The table
 
 
-def kept_for_backward(model, images):
-    """Bytes that autograd really keeps, apart from weights."""
-    sizes, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(images)
-    return sum(size for place, size in sizes.items() if place not in weights), out
+@pytest.mark.parametrize("path", [NAC, VMOE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("stage", ["meta", "teacher", "student", "baseline"])
+def test_parameters_and_their_state_are_counted(path, stage):
+    config = models.load_config(path)
+    parameters, state, _ = models.cost(config, stage)
+    # weight, gradient and two moments in float32
+    assert parameters == models.count(models.build(config, stage)) and state == 16 * parameters
 
 
-@pytest.mark.parametrize("path", DEMOS, ids=lambda p: p.stem)
-@pytest.mark.parametrize("stage", ["meta", "teacher", "student"])
-def test_memory_is_about_what_a_real_step_keeps(path, stage):
-    config = models.load_config(path, [f"train.{stage}.batch=32"])
-    model = models.build(config, stage)
-    real = kept_for_backward(model, torch.randn(32, 3, 32, 32))[0]
-    parameters, state, activations, _ = models.cost(config, stage)
-    assert parameters == models.count(model) and state == 16 * parameters
-    # what a mixture keeps besides a dense MLP's states is not counted
-    assert activations == pytest.approx(real, rel=0.4 if (path.stem, stage) == ("demo_vmoe", "student") else 0.15)
-
-
-def test_modules_count_the_frozen_models_and_the_largest_hybrid():
-    config = models.load_config(DEMOS[0], ["train.distill.batch=32"])
-    meta, teacher = (sum(p.numel() for p in models.build(config, role).parameters()) for role in ("meta", "teacher"))
-    parameters, state, activations, _ = models.cost(config, "distill")
+def test_modules_count_the_frozen_models_as_weights_alone():
+    config = models.load_config(NAC)
+    meta, teacher = (models.count(models.build(config, role)) for role in ("meta", "teacher"))
+    parameters, state, _ = models.cost(config, "distill")
+    modules = models.cut(models.build(config, "student"), config, "student")
+    assert parameters == sum(map(models.count, modules))
     assert state == 16 * parameters + 4 * (meta + teacher)
-    assert models.cost({**config, "distill": {**config["distill"], "alpha": 0}}, "distill")[1] == state - 4 * teacher
-    module = models.cut(models.build(config, "student"), config, "student")[1]
-    frozen = models.build(config, "meta").requires_grad_(False)
-    hybrid = torch.nn.Sequential(module, frozen.parts[2])
-    assert activations >= 0.85 * kept_for_backward(hybrid, torch.randn(32, 17, 64))[0]
+    assert models.cost(models.load_config(NAC, ["distill.alpha=0"]), "distill")[1] == state - 4 * teacher
 
 
 def test_the_table_says_what_the_run_then_does(tmp_path):
     path = write_config(tmp_path, "nac")
-    table = run("finetune", path, "--dry-run")
-    assert [line.split()[0] for line in table.splitlines()[1:7]] == ["meta", "incubate", "teacher", "distill", "student", "baseline"]
-    _, parameters, images, epochs, steps, batch, *_ = table.splitlines()[1].split()
-    text = run("finetune", path, "role=meta")
-    said = re.search(r"meta: ([\d,]+) parameters, (\d+) images, (\d+) epochs of (\d+) steps of (\d+) images", text)
-    assert (parameters, images, epochs, batch) == (said[1], said[2], said[3], said[5])
-    assert int(steps) == int(said[3]) * int(said[4])
+    lines = run("finetune", path, "--dry-run").splitlines()
+    heads = ["stage", "parameters", "images", "epochs", "steps", "batch", "learning rate", "state GiB",
+             "TMAC"]
+    assert re.split("  +| (?=epochs|batch)", lines[0]) == heads
+    rows = [line.split() for line in lines[1:7]]
+    assert [row[0] for row in rows] == ["meta", "incubate", "teacher", "distill", "student", "baseline"]
+    assert len({len(line) for line in lines[1:7]}) == 1 and all(len(line) < 100 for line in lines)
+    assert not (tmp_path / "run").exists()
+    for script, role, (_, parameters, images, epochs, steps, batch, high, _, low, _, tmac) in (
+            ("finetune", "meta", rows[0]), ("distill_module", "teacher", rows[1])):
+        banner = run(script, path, f"role={role}").splitlines()[0]
+        said = re.search(r"([\d,]+) parameters, (\d+) epochs of (\d+) steps of (\d+) images", banner)
+        assert (parameters, epochs, batch) == (said[1], said[2], said[4]) and images == "67"
+        assert int(steps) == int(said[2]) * int(said[3])
+        log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+        log = [line for line in log if line["stage"] == {"finetune": "meta"}.get(script, "incubate")]
+        assert sum(line["tmac"] for line in log) == pytest.approx(float(tmac), rel=0.01)
+        assert float(low) <= min(line["lr"] for line in log) <= max(line["lr"] for line in log) <= float(high)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Multiply-adds of the demo's ViTs by hand: 32 px, patch 8, so 16 patches and 17 tokens, width 64, MLP 128, 24 classes.
+def test_a_model_that_fits_no_memory_is_counted(tmp_path):
+    def little_memory():
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+
+    words = ["meta.width=65536", "teacher.width=65536", "train.meta.epochs=0"]
+    text = run("finetune", write_config(tmp_path), "--dry-run", *words, before=little_memory)
+    row = text.splitlines()[1].split()
+    assert int(row[1].replace(",", "")) > 2e10 and float(row[-2]) > 300  # GiB
+
+
+# ---------- Multiply-adds of the demo's ViTs by hand
+#
+# 32 px, patch 8, so 16 patches and 17 tokens; width 64, MLP 128, 24 classes.
 
 STEM = 16 * (3 * 8 * 8) * 64
 # qkv, projection, two layers of the MLP; q·k and the sum over v
@@ -69,8 +85,8 @@ BLOCK, HEAD = LINEAR + ATTENTION, 64 * 24
 IMAGES = 5000 // 64 * 64  # of an epoch
 
 
-def work(stage, *overrides):
-    return models.multiply_adds(models.load_config(DEMOS[0], overrides), stage)
+def work(stage, *overrides, path=NAC):
+    return models.cost(models.load_config(path, overrides), stage)[2]
 
 
 def trained(forward):
@@ -79,66 +95,69 @@ def trained(forward):
 
 
 def test_a_whole_models_multiply_adds_are_those_computed_by_hand():
-    # nobody asks for the gradient of the images
-    assert work("meta") == 20 * IMAGES * (trained(STEM + 3 * BLOCK + HEAD) - STEM)
+    # Nobody asks for the gradient of the images.
+    assert work("meta") == IMAGES * (trained(STEM + 3 * BLOCK + HEAD) - STEM)
 
 
 def test_a_frozen_suffix_has_no_gradients_of_weights():
-    def frozen(blocks):  # a linear layer costs 2 times its forward; attention has no weights, both its inputs are states
+    def frozen(blocks):
+        # A linear layer costs 2 times its forward; attention has no weights, both of its inputs are states.
         return 2 * (blocks * LINEAR + HEAD) + 3 * blocks * ATTENTION
     prefix = STEM + 2 * BLOCK  # h_1 and h_2, once for all three modules
     modules = (trained(STEM + 2 * BLOCK) - STEM + frozen(2),  # the teacher's modules have two blocks each
-               trained(2 * BLOCK) + frozen(1),
-               trained(2 * BLOCK + HEAD))
-    assert work("incubate") == 5 * IMAGES * (prefix + sum(modules))
+               trained(2 * BLOCK) + frozen(1), trained(2 * BLOCK + HEAD))
+    assert work("incubate") == IMAGES * (prefix + sum(modules))
 
 
 def test_a_teacher_costs_its_forward():
     hybrids = (STEM + 2 * BLOCK) + (2 * BLOCK + HEAD) + (2 * BLOCK) + (2 * BLOCK + HEAD) + (BLOCK + HEAD)
-    assert work("distill") - work("distill", "distill.alpha=0") == 3 * IMAGES * hybrids
-    whole = 2 * IMAGES * (STEM + 6 * BLOCK + HEAD)
+    assert work("distill") - work("distill", "distill.alpha=0") == IMAGES * hybrids
+    whole = IMAGES * (STEM + 6 * BLOCK + HEAD)
     assert work("baseline_kd") - work("baseline") == whole
-    assert work("student", "distill.finetune_alpha=0.5") - work("student") == whole
+    assert work("student", "train.student.alpha=0.5") - work("student") == whole
 
 
-def test_multiply_adds_are_proportional_to_the_images_seen():
-    assert work("student", "train.student.epochs=6") == 3 * work("student")
-    assert work("baseline", "train.baseline_epochs=6") == 3 * work("baseline")
-    assert work("meta", "train.meta.images=[0, 2560]") == 40 / 78 * work("meta")
+def test_multiply_adds_are_those_of_an_epoch_in_proportion_to_its_images():
+    assert work("student", "train.student.epochs=6") == work("student")
+    forty_steps = work("meta", "train.meta.images=[0, 2560]")
+    assert forty_steps * 78 == work("meta") * 40
+    assert work("meta", "train.meta.images=[0, 2560]", "train.meta.passes=3") == 3 * forty_steps
     assert work("meta", "train.meta.batch=32", "train.meta.accumulate=2") == work("meta")
-    assert work("meta", "data.set=folder", "data.classes=24", "data.train_images=0") == 0
-    # what depends on codes and signatures alone is computed once a batch
+    # What depends on codes and signatures alone is computed once a batch.
     assert work("student", "train.student.batch=8") > work("student") * 625 * 8 / IMAGES
 
 
 def test_a_mixture_counts_the_experts_that_a_token_uses():
-    config = models.load_config(DEMOS[1])
-    c = {**config["student"], "experts": 0, "mlp_ratio": 2 * config["student"]["mlp_ratio"]}
-    assert models.multiply_adds(config, "student") == models.multiply_adds({**config, "student": c}, "student") > 0
-    # experts in one of three blocks; the MLPs of the other two (17 tokens, 2 layers of 48·48) are not doubled
-    some = {**config, "student": {**config["student"], "moe_blocks": [0]}}
-    images = 4 * (5000 // 64 * 64)
-    assert models.multiply_adds(config, "student") - models.multiply_adds(some, "student") == images * 2 * trained(17 * 2 * 48 * 48)
+    config = models.load_config(VMOE)
+    dense = {**config["student"], "experts": 0, "mlp_ratio": 2 * config["student"]["mlp_ratio"]}
+    assert work("student", path=VMOE) == models.cost({**config, "student": dense}, "student")[2] > 0
+    # Experts in one of three blocks: the other two's MLPs (17 tokens, 2 layers of 48·48) are not doubled.
+    less = work("student", path=VMOE) - work("student", "student.moe_blocks=[0]", path=VMOE)
+    assert less == IMAGES * 2 * trained(17 * 2 * 48 * 48)
 
 
 def test_a_depthwise_convolution_costs_each_channel_its_own_filter():
+    formulas = {torch.ops.aten.convolution_backward: models.convolution_backward}
     with torch.device("meta"):
-        convolution, x = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8), torch.zeros(2, 8, 10, 10, requires_grad=True)
-        with models.FlopCounterMode(
-                display=False, custom_mapping={torch.ops.aten.convolution_backward: models.convolution_backward}) as counter:
+        x = torch.zeros(2, 8, 10, 10, requires_grad=True)
+        convolution = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8)
+        with models.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
             convolution(x).sum().backward()
     assert counter.get_total_flops() / 2 == trained(2 * 10 * 10 * 8 * 7 * 7)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A teacher as a folder with one file a module
+# ---------- A teacher as a folder with one file a module
 
 
 def write_modules(folder, teacher, original):
     folder.mkdir(parents=True)
     for i, part in enumerate(teacher.parts):
-        content = {"model_name": "vit", "block_index": i, "block_state_dict": part.state_dict(), "divided_depths": [1, 2, 1]}
-        torch.save(content if original else {"model": part.state_dict()}, folder / (f"block{i}.pth" if original else f"{i}.pt"))
+        state = part.state_dict()
+        if original:
+            content = {"model_name": "vit", "block_index": i, "block_state_dict": state}
+            torch.save({**content, "divided_depths": [1, 2, 1]}, folder / f"block{i}.pth")
+        else:
+            torch.save({"model": state}, folder / f"{i}.pt")
 
 
 @pytest.mark.parametrize("original", [True, False])
@@ -159,7 +178,8 @@ def test_a_folder_that_lacks_a_module_or_a_tensor_is_named(tmp_path):
     content = torch.load(path, weights_only=True)
     del content["block_state_dict"]["blocks.1.norm1.bias"]
     torch.save(content, path)
-    with pytest.raises(models.UserError, match="lacks the tensor blocks.2.norm1.bias"):  # 1 block before this module
+    # One block of the whole model comes before this module's.
+    with pytest.raises(models.UserError, match="lacks the tensor blocks.2.norm1.bias"):
         models.load_weights(models.build(config, "teacher"), tmp_path / "modules")
     path.unlink()
     with pytest.raises(models.UserError, match="modules 0 to 2"):
@@ -168,16 +188,25 @@ def test_a_folder_that_lacks_a_module_or_a_tensor_is_named(tmp_path):
         models.load_weights(models.build(config, "student"), tmp_path)
 
 
-def test_a_teacher_from_elsewhere_works_and_is_warned_about_if_it_does_not_fit(tmp_path):
+def test_a_teacher_that_does_not_fit_and_modules_that_stay_at_chance_are_named(tmp_path):
     plain = {**CONFIG["data"], "mixup": 0, "cutmix": 0, "classes": 8, "train_images": 320}
     quick = {**CONFIG["train"]["meta"], "epochs": 10, "lr": 0.3, "drop_path": 0}
-    path = write_config(tmp_path, data=plain, train={"meta": quick, "incubate": dict(quick), "distill": {**quick, "epochs": 0}})
+    train = {"meta": quick, "incubate": dict(quick), "distill": {**quick, "epochs": 0}}
+    path = write_config(tmp_path, data=plain, train=train)
     run("finetune", path, "role=meta")
     run("distill_module", path, "role=teacher")
-    config = models.load_config(path)
-    write_modules(tmp_path / "stranger", models.build({**config, "seed": 7}, "teacher"), original=True)
-    words = [f"meta.checkpoint={tmp_path / 'run/meta.pt'}", "force=true"]
-    strange = run("distill_module", path, f"teacher.checkpoint={tmp_path / 'stranger'}", *words)
-    own = run("distill_module", path, f"teacher.checkpoint={tmp_path / 'run/teacher_modules'}", *words)
-    assert "validation top-1 of the teacher hybrids" in strange and "warning" in strange, strange
-    assert "warning" not in own, own
+    (tmp_path / "run/teacher_modules/unfinished.pt").unlink()  # which only these tests keep
+    stranger = models.build({**models.load_config(path), "seed": 7}, "teacher")
+    write_modules(tmp_path / "stranger", stranger, original=True)
+    for modules, warned in ("stranger", True), ("run/teacher_modules", False):
+        text = run("distill_module", path, f"teacher.checkpoint={tmp_path / modules}",
+                   f"meta.checkpoint={tmp_path / 'run/meta.pt'}", f"output_dir={tmp_path / str(warned)}")
+        assert "teacher hybrids [" in text and ("warning: " in text) == warned, text
+    words = [f"share={tmp_path / 'run'}", f"output_dir={tmp_path / 'no'}", "train.incubate.lr=0",
+             "train.incubate.min_lr=0", "train.incubate.epochs=1"]
+    text = run("distill_module", path, "role=teacher", *words)
+    named = re.findall(r"^module (\d)'s hybrid ends at ([\d.]+) %, .*train it longer", text, re.M)
+    alone, hybrids = (evaluate.read_log(tmp_path / name) for name in ("run", "no"))
+    alone = [line["val_top1"] for line in alone if line["stage"] == "meta"][-1]
+    low = [(str(i), str(line["val_top1"])) for i, line in enumerate(hybrids) if line["val_top1"] < alone / 2]
+    assert named == low != [], text

@@ -1,15 +1,108 @@
-"""Promises of single options: student.start, distill.stitches, distill.finetune_alpha, train.<stage>.passes, compile."""
+"""Promises of single options and of what a config is read as:
 
+  - texts stay texts (010, 2024-05-01, a #3), ~ is the home folder, an emptied block means its defaults;
+  - train.*.epochs=1 sets every stage; role=student and --role student are the same;
+  - student.start, assemble.stitches, train.student.alpha, train.<stage>.passes and compile do what they say.
+"""
+
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_runs import CONFIG, PIPELINE, STAGES, STUDENTS, log, run, shell, weights, write_config
 
 import data
 import models
-from test_runs import CONFIG, log, run, shell, weights, write_config
 
 PLAIN = {**CONFIG["data"], "mixup": 0, "cutmix": 0}
+
+# ---------- What a config is read as
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a config with overrides, or with another YAML text."""
+    def read(*overrides, text=None):
+        path = write_config(tmp_path, "nac")
+        if text is not None:
+            path.write_text(text)
+        return models.load_config(path, overrides)
+    return read
+
+
+TEXTS = ["a #3", "2024-05-01", "12:30", "010", "0x1f", "1e3", "5", "true", "a: b", "a, b", "'quoted'", "é",
+         "*x", "yes", ".inf", "~x", "{a: 1}", "a=b", " a", "#"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_override_of_a_text_is_taken_as_it_stands(read, text):
+    config = read(f"output_dir={text}", f"data.root={text}", f"meta.checkpoint={text}")
+    assert config["output_dir"] == config["data"]["root"] == config["meta"]["checkpoint"] == text
+
+
+def test_the_home_folder_is_expanded_and_null_is_nothing(read):
+    assert read("output_dir=~/x")["output_dir"] == f"{os.environ['HOME']}/x"
+    assert read("output_dir=null")["output_dir"] == "runs/nac"
+    assert read("meta.checkpoint=null")["meta"]["checkpoint"] is None
+
+
+@pytest.mark.parametrize("text", ["2024-05-01", "12:30", "010", "yes", "0x1f", "1_000", "a#3", "'7'"])
+def test_a_text_in_the_file_stays_a_text_too(read, text):
+    assert read(text=f"data: {{root: {text}}}")["data"]["root"] == text.strip("'")
+
+
+def test_numbers_are_decimal_and_nothing_else_is_one(read):
+    for text, value in (("5e-4", 5e-4), ("1.", 1), (".5", 0.5), ("2", 2), ("+2", 2), ("1e0", 1)):
+        assert read(f"train.meta.lr={text}")["train"]["meta"]["lr"] == value
+    for text in ("010", "0x1f", "0b1", "1_000", "1:30", "'8'", "2024-05-01"):
+        with pytest.raises(models.UserError, match="seed=.* is not allowed: it must be int"):
+            read(f"seed={text}")
+    for text in ("yes", "on", "True", "1"):
+        with pytest.raises(models.UserError, match="compile=.* must be bool"):
+            read(f"compile={text}")
+
+
+def test_a_key_twice_is_an_error_and_aliases_are_none(read):
+    with pytest.raises(models.UserError, match="epochs stands twice"):
+        read(text="train: {meta: {epochs: 1, epochs: 2}}")
+    config = read(text="train: {meta: &a {lr: 0.1}, teacher: *a}")
+    assert config["train"]["meta"]["lr"] == config["train"]["teacher"]["lr"] == 0.1
+    assert read(text="data: {robustness: &a [renditions]}\ntarget: {robustness: *a}")["target"]["robustness"]
+
+
+@pytest.mark.parametrize("text", ["data:", "data: {}", "data: ~", "train:\n  meta:\n", "few_shot:\nteacher:"])
+def test_an_emptied_block_means_its_defaults(read, text):
+    assert read(text=text) == read(text="{}")
+
+
+def test_a_star_sets_the_key_in_every_stage_and_the_last_override_counts(read):
+    train = read("train.*.epochs=1", "train.meta.epochs=7", "train.*.lr=0.25", "*.alpha=0.75")["train"]
+    assert {stage: train[stage]["epochs"] for stage in STAGES} == {s: 7 if s == "meta" else 1 for s in STAGES}
+    assert all(train[stage]["lr"] == 0.25 for stage in STAGES) and train["student"]["alpha"] == 0.75
+    with pytest.raises(models.UserError, match=r"train\.\*\.epoch is not a key"):
+        read("train.*.epoch=1")
+
+
+def test_a_default_is_a_new_value_each_time(read):
+    config = read(text="{}")
+    config["data"]["robustness"].append("renditions")
+    config["meta"]["depths"].append(1)
+    assert read(text="{}")["data"]["robustness"] == [] and read(text="{}")["meta"]["depths"] == [1, 1, 1]
+
+
+def test_options_work_with_dashes_and_without(tmp_path, capsys, monkeypatch):
+    path, read = str(write_config(tmp_path, "nac")), []
+    for words in (["role=teacher", "module=2", "seed=5"], ["--role", "teacher", "seed=5", "--module", "2"],
+                  ["seed=5", "--role=teacher", "--module=2"]):
+        monkeypatch.setattr(sys, "argv", ["x.py", *words, "--config", path])
+        read.append(models.command_line("", ("student", "teacher"), module=dict(type=int)))
+        assert (read[-1][1].role, read[-1][1].module, read[-1][0]["seed"]) == ("teacher", 2, 5)
+    assert read[0] == read[1] == read[2]
+
+
+# ---------- Stages
 
 
 def test_a_student_is_finetuned_from_any_weights_in_place_of_assembled_modules(tmp_path):
@@ -18,80 +111,101 @@ def test_a_student_is_finetuned_from_any_weights_in_place_of_assembled_modules(t
     words = [f"student.start={tmp_path / 'run/baseline.pt'}", f"output_dir={tmp_path / 'more'}"]
     run("finetune", path, *words, "train.student.epochs=0")
     assert torch.equal(weights(tmp_path / "more/student.pt"), weights(tmp_path / "run/baseline.pt"))
-    text = run("finetune", path, *words, "student.start=none.pt", "force=true", expect=2)
+    text = run("finetune", path, "student.start=none.pt", f"output_dir={tmp_path / 'none'}", expect=2)
     assert "none.pt" in text.splitlines()[-1] and "Traceback" not in text, text
 
 
 def test_assembly_calls_fresh_what_no_module_has_taught_and_folded_stitches_are_taught(tmp_path):
-    none = {stage: {**CONFIG["train"][stage], "epochs": 0} for stage in CONFIG["train"]}
-    path = write_config(tmp_path, "nac", train=none, distill={"alpha": 0, "stitches": "fold"})
-    run("finetune", path, "role=meta")
-    run("distill_module", path)
-    names = run("assemble", path).split("fresh tensors: ")[1].split()
-    assert names == ["input_latents.signatures,", "mediator_latents.signatures,", "output_latents.signatures"]
-    assert "stitches.1.weight" in torch.load(tmp_path / "run/student_assembled.pt", weights_only=True)["model"]
+    path = write_config(tmp_path, "nac")
+    words = ["train.*.epochs=0", "distill.alpha=0", "assemble.stitches=fold"]
+    run("finetune", path, "role=meta", *words)
+    run("distill_module", path, *words)
+    names = run("assemble", path, *words).strip().split("fresh tensors: ")[1].split(", ")
+    assert names == [f"{kind}_latents.signatures" for kind in ("input", "mediator", "output")]
+    assert "stitches.1.weight" in models.read(tmp_path / "run/student_assembled.pt")["model"]
 
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
-    """A run that is finished up to the student's modules, each stage after no step -> the path of its config."""
+    """A run that is finished up to the student's modules, each after no step -> the path of its config."""
     folder = tmp_path_factory.mktemp("distilled")
     path = write_config(folder, train={stage: {**CONFIG["train"][stage], "epochs": int(stage == "student")}
-                                       for stage in CONFIG["train"]})
+                                       for stage in STAGES})
     for script, role in (("finetune", "meta"), ("distill_module", "teacher"), ("assemble", "teacher"),
                          ("finetune", "teacher"), ("distill_module", "student")):
         run(script, path, f"role={role}")
     return path
 
 
-def finetuned(distilled, *words):
-    """The student's weights after assembly and finetuning in another folder; what comes before is shared."""
-    assert "finished; skipped" in run("distill_module", distilled, *words)   # another finetuning, the same modules
+def shared(distilled, folder):
+    """Overrides that take the stages of that run into another folder."""
+    return [f"share={distilled.parent / 'run'}", f"output_dir={folder}"]
+
+
+def finetuned(distilled, *words, before=None):
+    """The student's weights after assembly and fine-tuning in another folder; what comes before is shared."""
+    assert "finished; skipped" in run("distill_module", distilled, *words)
     run("assemble", distilled, *words)
-    run("finetune", distilled, *words)
-    return weights(Path(dict(word.split("=") for word in words)["output_dir"], "student.pt"))
+    run("finetune", distilled, *words, before=before)
+    return weights(Path(words[1].removeprefix("output_dir="), "student.pt"))
 
 
 def test_stitches_begin_alike_whether_they_will_be_kept_or_not(tmp_path):
     start = []
     for stitches in ("drop", "keep"):
-        config = models.load_config(write_config(tmp_path), [f"distill.stitches={stitches}"])
-        start.append([module.state_dict() for module in models.cut(models.build(config, "student"), config, "student")])
+        config = models.load_config(write_config(tmp_path), [f"assemble.stitches={stitches}"])
+        modules = models.cut(models.build(config, "student"), config, "student")
+        start.append([module.state_dict() for module in modules])
     for drop, keep in zip(*start, strict=True):
         assert drop.keys() == keep.keys() and all(torch.equal(drop[name], keep[name]) for name in drop)
 
 
 def test_a_classifier_is_carried_over_only_to_the_same_classes(distilled, tmp_path):
-    for target, fresh in ({"target.image_size": 24}, False), ({"target.set": "lower_case", "target.classes": 4}, True):
-        words = [f"share={distilled.parent / 'run'}", f"output_dir={tmp_path / str(fresh)}",
-                 *(f"{key}={value}" for key, value in target.items())]
-        assert ("head.weight" in run("assemble", distilled, *words)) == fresh
-        # nor can a teacher of the ones tell the others
-        text = run("assemble", distilled, *words, "distill.finetune_alpha=0.5", "force=true", expect=2 * fresh)
-        assert ("finetune_alpha" in text) == fresh
-    assert "role=baseline_kd" in run("finetune", distilled, *words, "role=baseline_kd", expect=2)
+    words = [*shared(distilled, tmp_path / "size"), "target.image_size=24"]
+    assert "head.weight" not in run("assemble", distilled, *words)
+    words = [*shared(distilled, tmp_path / "classes"), "target.set=lower_case", "target.classes=4"]
+    assert "head.weight" in run("assemble", distilled, *words)
+    # Nor can a teacher of the ones tell the others.
+    for more in ("train.student.alpha=0.5", "role=baseline_kd"):
+        assert "need a teacher of the same classes" in run("finetune", distilled, *words, more, expect=2)
 
 
-def test_with_finetune_alpha_1_the_student_learns_from_the_teacher_alone(distilled, tmp_path):
+@pytest.mark.xfail(strict=True, reason="the teacher's file is looked for as if trained on target's images")
+@pytest.mark.parametrize("more", ["train.student.alpha=0.5", "role=baseline_kd"])
+def test_a_teacher_of_the_same_classes_teaches_on_images_of_another_size(distilled, tmp_path, more):
+    words = [*shared(distilled, tmp_path), "target.image_size=24"]
+    run("assemble", distilled, *words)
+    run("finetune", distilled, *words, more)
+
+
+def shift_labels():
+    load = data.load
+
+    def shifted(*args):
+        images = load(*args)
+        images.labels = (images.labels + 1) % 4
+        return images
+    data.load = shifted
+
+
+def test_with_student_alpha_1_the_student_learns_from_the_teacher_alone(distilled, tmp_path):
     result = {}
     for alpha in (1, 0.5):
-        words = [f"share={distilled.parent / 'run'}", f"output_dir={tmp_path / str(alpha)}", f"distill.finetune_alpha={alpha}"]
-        result[alpha, 0] = finetuned(distilled, *words)
-        run("finetune", distilled, *words, "train.student.wrong_labels=1", "force=true")
-        result[alpha, 1] = weights(tmp_path / f"{alpha}/student.pt")
-    assert torch.equal(result[1, 0], result[1, 1])
-    assert not torch.equal(result[0.5, 0], result[0.5, 1])
-    assert not torch.equal(result[1, 0], weights(tmp_path / "1/student_assembled.pt"))
+        for lie in (None, shift_labels):
+            words = [*shared(distilled, tmp_path / f"{alpha}{bool(lie)}"), f"train.student.alpha={alpha}"]
+            result[alpha, bool(lie)] = finetuned(distilled, *words, before=lie)
+    assert torch.equal(result[1, False], result[1, True])
+    assert not torch.equal(result[0.5, False], result[0.5, True])
+    assert not torch.equal(result[1, False], weights(tmp_path / "1False/student_assembled.pt"))
 
 
 def test_only_a_finetuning_with_a_teacher_needs_the_teachers_weights(distilled, tmp_path):
-    words = [f"share={distilled.parent / 'run'}", f"output_dir={tmp_path / 'run'}"]
-    expected, teacher = finetuned(distilled, *words), distilled.parent / "run/teacher.pt"
+    expected = finetuned(distilled, *shared(distilled, tmp_path / "run"))
+    teacher = distilled.parent / "run/teacher.pt"
     teacher.rename(tmp_path / "teacher.pt")
     try:
-        run("finetune", distilled, *words, "force=true")
-        assert torch.equal(weights(tmp_path / "run/student.pt"), expected)
-        words += [f"output_dir={tmp_path / 'half'}", "distill.finetune_alpha=0.5"]
+        assert torch.equal(finetuned(distilled, *shared(distilled, tmp_path / "again")), expected)
+        words = [*shared(distilled, tmp_path / "half"), "train.student.alpha=0.5"]
         run("assemble", distilled, *words)
         assert "teacher.pt is not there yet" in run("finetune", distilled, *words, expect=2)
     finally:
@@ -99,8 +213,9 @@ def test_only_a_finetuning_with_a_teacher_needs_the_teachers_weights(distilled, 
 
 
 def test_an_epoch_of_three_passes_sees_each_image_of_its_range_three_times(tmp_path):
-    config = models.load_config(write_config(tmp_path), ["train.meta.images=[5, 25]", "train.meta.passes=3", "train.meta.batch=6",
-                                                         "train.meta.accumulate=1", "data.pad=0", "data.mixup=0", "data.cutmix=0"])
+    words = ["images=[5, 25]", "passes=3", "batch=6", "accumulate=1"]
+    config = models.load_config(write_config(tmp_path, data={**PLAIN, "pad": 0}),
+                                [f"train.meta.{word}" for word in words])
     train, every = data.load(config, "train", "meta"), data.load(config, "train")
     assert len(train) == 60 and torch.equal(train.labels, every.labels[5:25].repeat(3))
     seen = torch.cat([x for x, _ in data.train_batches(train, config, "meta", 0, data.setup("cpu"))])
@@ -109,16 +224,16 @@ def test_an_epoch_of_three_passes_sees_each_image_of_its_range_three_times(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["vmoe", "nac"])
+@pytest.mark.parametrize("student", STUDENTS)
 def test_compiled_every_stage_trains_to_the_same_weights(tmp_path, student):
-    """Without noise, for compiled code draws other random numbers."""
-    plain = {stage: {**CONFIG["train"][stage], "drop_path": 0, "epochs": 1} for stage in CONFIG["train"]}
+    """Without noise, because compiled code draws other random numbers."""
+    plain = {stage: {**CONFIG["train"][stage], "drop_path": 0, "epochs": 1} for stage in STAGES}
     result = []
     for name in ("false", "true"):
         path = write_config(tmp_path / name, student, data=PLAIN, train=plain)
-        for script, role in (("finetune", "meta"), ("distill_module", "teacher"), ("distill_module", "student")):
-            done = shell("python", f"{script}.py", "--config", path, f"role={role}", f"compile={name}", "distill.alpha=0",
-                         timeout=1200)
+        for script, role in (PIPELINE[k] for k in (0, 1, 4)):
+            done = shell(sys.executable, f"{script}.py", "--config", path, f"role={role}", f"compile={name}",
+                         "distill.alpha=0", timeout=1200)
             assert done.returncode == 0, done
         result.append((tmp_path / name / "run", log(tmp_path / name / "run")))
     (eager, lines), (compiled, other) = result
