@@ -443,22 +443,16 @@ def _read(batches, options, view, device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = _loader(min(options["workers"], cores), device.type == "cuda")
     loader.sampler.items = ((images, options, view) for images in batches)
-    try:
-        # Workers inherit a blocked SIGTERM. A scheduler sends it to all processes of a job, and the one that
-        # trains needs its workers until it has saved.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        views = iter(loader)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for images in views:
-            if isinstance(images, UserError):
-                raise images
-            # From pinned memory, so that the next batch is copied to the GPU while it computes.
-            yield images.to(device, non_blocking=True)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(f"{str(error).splitlines()[0]} If memory ran out, a smaller batch or fewer "
-                        "data.workers help; if /dev/shm is small (a container), data.workers=0.") from None
+    # Workers inherit a blocked SIGTERM. A scheduler sends it to all processes of a job, and the one that trains
+    # needs its workers until it has saved.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    views = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    for images in views:
+        if isinstance(images, UserError):
+            raise images
+        # From pinned memory, so that the next batch is copied to the GPU while it computes.
+        yield images.to(device, non_blocking=True)
 
 
 def read_image(source):

@@ -229,6 +229,8 @@ def report(folders):
     A run's name is its folder's without the seed: runs/demo_nac-s3-alpha0 -> demo_nac-alpha0. Runs of one
     name may differ in their seed alone. `against`: the difference to the first name's model, seed by seed.
     """
+    if not folders:
+        raise models.UserError("--report needs the folders of runs.")
     rows, made = {}, {}  # (name, role): {seed: {column: value}}; name: the settings of its runs
     for folder in map(Path, folders):
         results, config = read_results(folder / "results.json"), read_config(folder)
@@ -283,11 +285,12 @@ def verdict(row, config):
 def costs(folder, config):
     """{role: seconds and 10¹² multiply-adds, the model's own and with all stages before it}, from logs."""
     spent = {}  # stage: (s, TMAC)
+    ran = {stage for _, _, stage in models.stages(config)} | {"baseline_kd"}
     for source in map(Path, (folder, *models.folders(config)[1:])):
         other, found = read_config(source), {}
         for line in read_log(source):
             stage = line["stage"]
-            if stage not in spent and models.settings(config, stage) == models.settings(other, stage):
+            if stage in ran - spent.keys() and models.settings(config, stage) == models.settings(other, stage):
                 found.setdefault(stage, []).append((line["seconds"], line["tmac"]))
         spent |= {stage: tuple(map(sum, zip(*values))) for stage, values in found.items()}
     result = {}

@@ -50,7 +50,7 @@ def main():
         models.say(process, models.fit_graph_prior(model, config))
     models.set_drop_path(model, models.schedule(config, role)["drop_path"])
     model.to(process.device)
-    teacher = models.frozen(target, "teacher", process) if alpha else None
+    teacher = models.frozen(config, "teacher", process, target) if alpha else None
     stage = models.Stage(config, process, role, {role: model}, {role: f"{role}.pt"}, train)
 
     for epoch in stage.epochs():

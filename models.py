@@ -1345,11 +1345,16 @@ def run(main):
         main()
         data.close()
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        # torch's words for too little memory, and for compile=true without a compiler
-        if isinstance(e, RuntimeError) and not re.search("alloc|compiler", str(e)):
+        # torch's words for too little memory, for compile=true without a compiler, and for a worker that died,
+        # which its handler of signals raises wherever this process is
+        text = " ".join(str(e).split())
+        if isinstance(e, RuntimeError) and not re.search("alloc|compiler|DataLoader worker", text):
             raise
+        if "DataLoader worker" in text:
+            text += (" If memory ran out, a smaller batch or fewer data.workers help; if /dev/shm is small (a "
+                     "container), data.workers=0.")
         # In every process, because the bad image may be in this one's share.
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        print("error:", text, file=sys.stderr)
         sys.exit(2)
 
 
@@ -1534,11 +1539,11 @@ def look_at(config, dry=False):
 
 def resize_pos_embed(pos_embed, tokens):
     """Bicubically resizes a position grid; the class token's is kept. 1 1+N D -> 1 tokens D."""
-    grid = pos_embed[:, 1:]
-    old, new = math.isqrt(grid.shape[1]), math.isqrt(tokens - 1)
-    if old == new or grid.ndim != 3 or not old or old * old != grid.shape[1] or new * new != tokens - 1:
+    places = pos_embed[0].numel() // pos_embed.shape[-1] - 1 if pos_embed.ndim == 3 else 0
+    old, new = math.isqrt(places), math.isqrt(tokens - 1)
+    if old == new or not old or old * old != places or new * new != tokens - 1:
         return pos_embed  # not a square grid: the shape check will name it
-    grid = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = F.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1].float(), grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
@@ -1689,9 +1694,9 @@ def weights_of(config, role):
     return config.get(role, {}).get("checkpoint") or needed(config, role, f"{role}.pt")
 
 
-def frozen(config, role, process):
-    """The finished meta model or teacher, in evaluation mode and without gradients."""
-    model = build(config, role)
+def frozen(config, role, process, target=None):
+    """The finished meta model or teacher, for `target`'s images, in evaluation mode and without gradients."""
+    model = build(target or config, role)
     load_weights(model, weights_of(config, role))
     for part in model.parts if config["compile"] else ():
         part.compile()
@@ -1785,11 +1790,12 @@ class Stage:
         for module in modules.values() if config["compile"] else ():
             module.compile()
         self.ddp = {i: self.distributed(module) for i, module in modules.items()}
-        self.macs = cost(config, name)[2] if process.rank == 0 else 0
+        several = [i for i in modules if name in ("incubate", "distill")]
+        self.macs = cost(config, name, several)[2] if process.rank == 0 else 0
         # From here on SIGTERM saves before the process leaves; before, there is nothing to save.
         self.stopping = False
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
-        several = f"{len(modules)} modules, " if name in ("incubate", "distill") else ""
+        several = f"{len(modules)} modules, " if several else ""
         resumed = f", resumed at step {self.number}" if self.number else ""
         parameters = sum(map(count, modules.values()))
         announce(process, f"{self.title}: {several}{parameters:,} parameters, {c['epochs']} epochs of "
@@ -1908,7 +1914,10 @@ class Stage:
     def save(self):
         """Writes all that the stage needs to go on. Weights that are not finite never replace good ones."""
         for i, module in self.modules.items():
-            check_weights(module.state_dict(), f"{self.name}: step {self.number} of {i}")
+            place, adamw = f"{self.name}: step {self.number} of {i}", self.optimizers[i].state_dict()["state"]
+            check_weights(module.state_dict(), place)
+            # A gradient's square may overflow where the step does not; its parameter would never move again.
+            check_weights(flatten(adamw), f"{place}, AdamW")
         if self.process.rank == 0:
             content = {"settings": self.settings, "number": self.number,
                        "modules": {i: module.state_dict() for i, module in self.modules.items()},
@@ -2041,9 +2050,10 @@ def images_of(config, stage):
     return data.epoch_images(on_target(config, stage), block)
 
 
-def cost(config, stage):
+def cost(config, stage, only=()):
     """-> trainable parameters; bytes of weights, gradients and AdamW's moments; multiply-adds of an epoch.
 
+    Of a stage of modules, the multiply-adds are of those that `only` names, if it names any.
     Multiply-adds are those of matrix products and convolutions, as the loops run them. What is small beside
     them is left out (routers, the graph regularizer), and so is validation.
     """
@@ -2069,11 +2079,12 @@ def cost(config, stage):
             with torch.no_grad():
                 x = torch.zeros(images, 3, c["data"]["image_size"], c["data"]["image_size"])
                 hidden = [x] if alone else meta.hidden_states(x)
-                for i, h in enumerate(hidden if alpha else []):
-                    teacher(h) if alone else meta.rest(i + 1, teacher.parts[i](h))
+                for i in places if alpha else ():
+                    teacher(x) if alone else meta.rest(i + 1, teacher.parts[i](hidden[i]))
             # Through the rest of M pass gradients of states, but none of its weights is computed.
-            for i, (module, h) in enumerate(zip(modules, hidden)):
-                (module(h) if alone else meta.rest(i + 1, module(h))).sum().backward()
+            for i in places:
+                out = modules[i](hidden[i])
+                (out if alone else meta.rest(i + 1, out)).sum().backward()
         return counter.get_total_flops() / 2
 
     with torch.device("meta"):
@@ -2082,7 +2093,7 @@ def cost(config, stage):
         frozen = [model for model, used in ((meta, not alone), (teacher, alpha)) if used]
         state = 16 * parameters + 4 * sum(p.numel() for model in frozen for p in model.parameters())
         modules = [dense(whole)] if alone else cut(dense(whole), c, role)
-        meta, teacher = dense(meta), dense(teacher).requires_grad_(False)
+        meta, teacher, places = dense(meta), dense(teacher).requires_grad_(False), only or range(len(modules))
         # Of one image and of two: what codes and signatures alone give does not grow with the batch.
         one, two = one_step(1), one_step(2)
     batches = images_of(config, stage) // (s["batch"] * s["accumulate"]) * s["accumulate"]

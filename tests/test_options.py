@@ -170,7 +170,6 @@ def test_a_classifier_is_carried_over_only_to_the_same_classes(distilled, tmp_pa
         assert "need a teacher of the same classes" in run("finetune", distilled, *words, more, expect=2)
 
 
-@pytest.mark.xfail(strict=True, reason="the teacher's file is looked for as if trained on target's images")
 @pytest.mark.parametrize("more", ["train.student.alpha=0.5", "role=baseline_kd"])
 def test_a_teacher_of_the_same_classes_teaches_on_images_of_another_size(distilled, tmp_path, more):
     words = [*shared(distilled, tmp_path), "target.image_size=24"]

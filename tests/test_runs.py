@@ -452,7 +452,6 @@ def test_all_modules_in_one_pass_are_the_modules_trained_one_by_one(done, tmp_pa
     assert log(folder, without=["tmac"]) == log(done[1], stage_of("distill_module", role), without=["tmac"])
 
 
-@pytest.mark.xfail(strict=True, reason="tmac of a module trained alone is that of all modules")
 @vmoe_only
 def test_modules_trained_one_by_one_cost_what_they_cost_together(done, tmp_path):
     """Apart from the run of the meta model, which they share."""
@@ -840,7 +839,6 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_the_step(tmp_pa
     assert not any((tmp_path / "run" / name).exists() for name in files_of(script, role))
 
 
-@pytest.mark.xfail(strict=True, reason="torch's error comes where the process is, often not in data.py")
 def test_a_data_loader_worker_that_dies_is_one_sentence(tmp_path):
     def kill_a_worker():
         step = models.Stage.step
