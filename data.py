@@ -443,8 +443,8 @@ def _read(batches, options, view, device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = _loader(min(options["workers"], cores), device.type == "cuda")
     loader.sampler.items = ((images, options, view) for images in batches)
-    # Workers inherit a blocked SIGTERM. A scheduler sends it to all processes of a job, and the one that trains
-    # needs its workers until it has saved.
+    # Workers inherit a blocked SIGTERM. A scheduler sends it to all processes of a job, and the one that
+    # trains needs its workers until it has saved.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     views = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -240,9 +240,12 @@ def report(folders):
         settings = models.settings(config, "student")
         settings = {k: v for k, v in settings.items() if k != "seed" and k not in models.GIVEN}
         models.compare(made.setdefault(name, settings), settings, f"another run named {name}", config)
-        most = {r["set"]: max(o["images"] for o in results if o["set"] == r["set"]) for r in results}
+        whole = {}  # a model's set: its largest number of images
         for r in results:
-            if r["images"] != most[r["set"]]:  # a look at a part of the set
+            r["of"] = (r["set"], str(models.on_target(config, r["role"])["data"]))
+            whole[r["of"]] = max(r["images"], whole.get(r["of"], 0))
+        for r in results:
+            if r["images"] < whole[r["of"]]:  # a look at a part of the set
                 continue
             row = rows.setdefault((name, r["role"]), {})
             row.setdefault(seed, dict(spent[r["role"]]))[f"{r['set']} %"] = r["top1"]
@@ -252,7 +255,8 @@ def report(folders):
         plain = rows.get((first, role), {})
         line = {"model": f"{name} {role}" if len(folders) > 1 else role, "seeds": str(len(row))}
         line |= {column: mean_std([one[column] for one in row.values() if column in one]) for column in sets}
-        gains = [row[s]["test %"] - plain[s]["test %"] for s in row if s in plain]
+        gains = [row[s]["test %"] - plain[s]["test %"] for s in row
+                 if "test %" in row[s].keys() & plain.get(s, {}).keys()]
         line[f"against {first}"] = mean_std(gains, "+")
         for column in ("own TMAC", "all TMAC", "own s"):
             line[column] = f"{statistics.mean(one[column] for one in row.values()):.3g}"
@@ -270,7 +274,7 @@ def report(folders):
 
 def verdict(row, config):
     """What a run shows, in a sentence; empty without a student and its baseline."""
-    if not row.keys() >= {"student", "baseline"}:
+    if any("test %" not in row.get(role, {}) for role in ("student", "baseline")):
         return ""
     student, baseline = row["student"]["test %"], row["baseline"]["test %"]
     lengths = [models.schedule(config, role)["epochs"] for role in ("student", "baseline")]
@@ -288,9 +292,11 @@ def costs(folder, config):
     ran = {stage for _, _, stage in models.stages(config)} | {"baseline_kd"}
     for source in map(Path, (folder, *models.folders(config)[1:])):
         other, found = read_config(source), {}
+        same = {stage for stage in ran - spent.keys()
+                if models.settings(config, stage) == models.settings(other, stage)}
         for line in read_log(source):
             stage = line["stage"]
-            if stage in ran - spent.keys() and models.settings(config, stage) == models.settings(other, stage):
+            if stage in same:
                 found.setdefault(stage, []).append((line["seconds"], line["tmac"]))
         spent |= {stage: tuple(map(sum, zip(*values))) for stage, values in found.items()}
     result = {}

@@ -1250,6 +1250,7 @@ def told(config):
     for path in given(config).values():
         with contextlib.suppress(UserError):
             content = read(path.partition("#")[0], whole=False)
+            content = content if isinstance(content, dict) else {}  # look_at says what is wrong with it
             own = content.get("config", {}).get("data") or content.get("pretrained_cfg") or {}
             if own.get("mean") and own.get("std"):
                 return {key: v if isinstance(v := own[key], str) else list(v) for key in ("mean", "std")}
@@ -1345,14 +1346,14 @@ def run(main):
         main()
         data.close()
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        # torch's words for too little memory, for compile=true without a compiler, and for a worker that died,
-        # which its handler of signals raises wherever this process is
+        # torch's words for too little memory, for compile=true without a compiler, and for a worker that
+        # died, which its handler of signals raises wherever this process is
         text = " ".join(str(e).split())
         if isinstance(e, RuntimeError) and not re.search("alloc|compiler|DataLoader worker", text):
             raise
         if "DataLoader worker" in text:
-            text += (" If memory ran out, a smaller batch or fewer data.workers help; if /dev/shm is small (a "
-                     "container), data.workers=0.")
+            text += (" If memory ran out, a smaller batch or fewer data.workers help; "
+                     "if /dev/shm is small (a container), data.workers=0.")
         # In every process, because the bad image may be in this one's share.
         print("error:", text, file=sys.stderr)
         sys.exit(2)
@@ -1539,8 +1540,8 @@ def look_at(config, dry=False):
 
 def resize_pos_embed(pos_embed, tokens):
     """Bicubically resizes a position grid; the class token's is kept. 1 1+N D -> 1 tokens D."""
-    places = pos_embed[0].numel() // pos_embed.shape[-1] - 1 if pos_embed.ndim == 3 else 0
-    old, new = math.isqrt(places), math.isqrt(tokens - 1)
+    places = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 and len(pos_embed) == 1 else 0
+    old, new = math.isqrt(max(places, 0)), math.isqrt(tokens - 1)
     if old == new or not old or old * old != places or new * new != tokens - 1:
         return pos_embed  # not a square grid: the shape check will name it
     grid = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)

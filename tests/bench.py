@@ -34,9 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import literal
-
 import data
+import literal
 import models
 from models import kd, soft_target_ce
 

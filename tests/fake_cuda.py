@@ -1,9 +1,12 @@
-"""Runs the stages on a CUDA device that computes nothing, with torch's CPU build: python tests/fake_cuda.py CONFIG WORLD
+"""Runs the stages on a CUDA device that computes nothing, with torch's CPU build.
 
-Shapes, dtypes (bfloat16 autocast) and devices are those of CUDA, so a tensor left on the CPU, a wrong dtype or a mask that
-no fused kernel takes is an error. Every stage is cut off after its first step and resumed. Prints, for each stage, the
-lines of a training step that wait for the GPU, as JSON. Numbers are not computed (each .item() is 1), and kernels, NCCL
-and memory are not seen. A process of its own: it replaces parts of torch.
+    python tests/fake_cuda.py CONFIG WORLD
+
+Shapes, dtypes (bfloat16 autocast) and devices are those of CUDA, so a tensor left on the CPU, a wrong dtype
+or a mask that no fused kernel takes is an error. Every stage is cut off after its first step and resumed.
+Prints, for each stage, the lines of a training step that wait for the GPU, as JSON. Numbers are not computed
+(each .item() is 1), and kernels, NCCL and memory are not seen. A process of its own: it replaces parts of
+torch.
 """
 
 import collections
@@ -27,14 +30,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 WAITS = collections.Counter()
-# Where waiting is no harm: once in 20 steps, once an epoch, or before the first step. What an epoch does before its first
-# step is left out as well, because each stage's list is emptied after the first step it takes.
-HARMLESS = {"check", "end_epoch", "save", "finish", "accuracy", "resume", "frozen", "fit_signatures", "evaluate", "score"}
+# Where waiting is no harm: once in 20 steps, once an epoch, or before the first step. What an epoch does
+# before its first step is left out too: each stage's list is emptied after the first step that it takes.
+HARMLESS = {"check", "end_epoch", "save", "finish", "accuracy", "resume", "frozen", "fit_signatures",
+            "evaluate", "score"}
 
 
 def waits(tensor):
     """Notes the line of the project that makes the CPU wait for a CUDA tensor within a training step."""
-    frames = [f for f in traceback.extract_stack() if "site-packages" not in f.filename and f.filename != __file__]
+    frames = [f for f in traceback.extract_stack()
+              if "site-packages" not in f.filename and f.filename != __file__]
     if tensor.device.type == "cuda" and frames and not HARMLESS & {f.name for f in frames}:
         WAITS[f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"] += 1
 
@@ -44,7 +49,7 @@ class Mode(FakeTensorMode):
 
 
 def lend_a_device_guard():
-    """autograd asks a tensor's device for its stream. A build without CUDA has no guard to answer: "meta"'s does."""
+    """autograd asks a tensor's device for its stream. A build without CUDA has no guard; "meta"'s answers."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
     registry = (ctypes.c_void_p * 21).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     registry[1] = registry[14]  # c10::DeviceType: 1 is CUDA, 14 Meta
@@ -78,7 +83,7 @@ def backward(root):
                     continue
                 like = following._input_metadata[k]  # what the engine would check and cast to
                 g = g.sum_to_size(tuple(like.shape)).to(like.dtype)
-                assert g.device == like.device or like.device.type == "meta", (following, g.device, like.device)
+                assert like.device in (g.device, torch.device("meta")), (following, g.device, like.device)
                 place = gradients.setdefault(following, [None] * len(following._input_metadata))
                 place[k] = g if place[k] is None else place[k] + g
 
@@ -87,7 +92,7 @@ MOVED = {}  # id of a parameter -> it, and what it was moved to
 
 
 def apply(self, function, recurse=True):
-    """Module.to: fake parameters cannot be moved in place, so they are replaced. What modules share stays shared."""
+    """Module.to: fake parameters cannot be moved in place and are replaced; what is shared stays shared."""
     for child in (*self.children(), *getattr(self, "parts", ())):
         child._apply(function)
     for tensors in (self._parameters, self._buffers):
@@ -134,7 +139,7 @@ def attention(q, k, v, attn_mask=None, scale=None, real=F.scaled_dot_product_att
 
 
 def to(tensor, *where, real=torch.Tensor.to, **options):
-    """A copy from ordinary memory to the GPU waits for all that the GPU still has to do, unless it is told not to."""
+    """A copy from ordinary memory to the GPU waits for all the GPU's work, unless it is told not to."""
     moved = real(tensor, *where, **options)
     if moved.device != tensor.device and not options.get("non_blocking"):
         waits(moved if moved.is_cuda else tensor)
@@ -200,7 +205,8 @@ def install(world):
     models.DistributedDataParallel = Replica
     check = models.Stage.check
     models.Stage.check = lambda stage: check(stage) and False  # every number is 1, "SIGTERM came" too
-    return types.SimpleNamespace(assemble=assemble, distill_module=distill_module, finetune=finetune, models=models)
+    return types.SimpleNamespace(
+        assemble=assemble, distill_module=distill_module, finetune=finetune, models=models)
 
 
 def assert_contiguous(tensor):
@@ -222,7 +228,8 @@ def main(config, world, *words):
                 stage.leave()
 
         watched.first, m.models.Stage.step = True, watched
-        sys.argv = [script.__name__, "--config", config, f"output_dir={folder}", "device=cuda", f"role={role}", *words]
+        overrides = [f"output_dir={folder}", "device=cuda", f"role={role}", *words]
+        sys.argv = [script.__name__, "--config", config, *overrides]
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as text:
             script.main()
         assert cut_off == ("SIGTERM" in text.getvalue()), text.getvalue()

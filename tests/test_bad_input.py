@@ -18,10 +18,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 
 import models
+from conftest import ROOT
 
 CONFIG = """
 seed: 0
@@ -110,7 +110,8 @@ BAD_OVERRIDES = [
     ("student.propagators=2", "student.propagators=2"), ("student.width=18", "student.width=18"),
     ("student.latents=[4, 16]", "student.latents"), ("student.latents=[4, 0, 2]", "student.latents"),
     ("student.tokenizer_stages=4", "student.tokenizer_stages"), ("assemble.graph=ring", "ring_of_cliques"),
-    ("assemble.graph_groups=9", "graph_groups"), ("assemble.graph_m=16", "graph_m"),
+    (["assemble.graph=scale_free", "assemble.graph_groups=9"], "graph_groups"),
+    (["assemble.graph=scale_free", "assemble.graph_m=16"], "graph_m"),
     ("distill.alpha=1.01", ["distill.alpha=1.01", "0 to 1"]), ("distill.tau=0", "distill.tau"),
     ("distill.kind=medium", ["soft", "hard"]), ("distill.reduction=sum", ["batchmean", "mean"]),
     ("distill.codes=mine", ["own", "original"]), ("assemble.stitches=glue", ["drop", "keep", "fold"]),
@@ -273,7 +274,10 @@ def test_classes_that_differ_between_train_and_val_are_one_sentence(here, capsys
     words = ["role=meta", "data.set=folder", "data.root=set", "data.classes=2", "data.validation_images=4",
              "data.train_images=0", "data.test_images=0"]
     assert command("finetune", "--config", "c.yaml", *words) == 0
-    refused(capsys, "nowhere", "evaluate", *words, "data.robustness=[nowhere]")
+    refused(capsys, "nowhere", "finetune", *words, "data.robustness=[nowhere]", "output_dir=other")
+    # Of a finished model the other sets are still scored.
+    assert command("evaluate", "--config", "c.yaml", *words, "data.robustness=[nowhere]") == 0
+    assert "nowhere is left out" in capsys.readouterr().out
     (here / "set/val/b").rename(here / "set/val/c")
     refused(capsys, "set/val", "evaluate", *words)
 
@@ -356,7 +360,7 @@ BAD_CHECKPOINTS = {
     "a pickle that runs a command": (lambda path, good: path.write_bytes(pickle.dumps(Trap(), 2)), []),
     "torch.save of one": (lambda path, good: torch.save({"model": Trap()}, path), []),
     "a whole module": (lambda path, good: torch.save(torch.nn.Linear(2, 2), path), []),
-    "a folder": (lambda path, good: (path.unlink(), path.mkdir()), "is a folder"),
+    "a folder": (lambda path, good: (path.unlink(), path.mkdir()), "must hold a file for each"),
     "a pipe": (lambda path, good: (path.unlink(), os.mkfifo(path)), []),
     "a number": (lambda path, good: torch.save(3, path), []),
     "a list": (lambda path, good: torch.save([torch.ones(2)], path), []),

@@ -1,4 +1,7 @@
-"""Every stage on a CUDA device that computes nothing (fake_cuda.py): shapes, dtypes, devices, kernels' conditions, waits."""
+"""Every stage on a CUDA device that computes nothing (fake_cuda.py).
+
+Checked are shapes, dtypes, devices, what fused kernels ask for, and that a training step never waits.
+"""
 
 import json
 import os
@@ -12,7 +15,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 SHORT = ["data.train_images=256", "data.validation_images=32", "train.*.epochs=1", "train.*.batch=16"]
 # What no demo uses, so that it is seen too.
-MORE = ["train.*.drop_path=0.1", "data.mixup=0.5", "data.cutmix=0.5", "data.smoothing=0.1", "data.erasing=0.5"]
+MORE = ["train.*.drop_path=0.1", "data.mixup=0.5", "data.cutmix=0.5", "data.smoothing=0.1",
+        "data.erasing=0.5"]
 NAC = [*MORE, "train.student.regularizer=0.1"]
 VMOE = [*MORE, "student.balance=0.01", "student.capacity=1.5"]
 
@@ -20,13 +24,14 @@ VMOE = [*MORE, "student.balance=0.01", "student.capacity=1.5"]
 def stages(config, world, *words, root=ROOT):
     """Runs all stages of `config` as the first of `world` processes -> (stages, lines that wait) or fails."""
     command = [sys.executable, "tests/fake_cuda.py", f"configs/{config}.yaml", str(world), *SHORT, *words]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return len(lines), {line for stage in lines for line in stage["waits"]}
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="older torch asks for a real GPU, even for what is not computed")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older torch asks for a real GPU")
 @pytest.mark.parametrize("config, world, words", [
     ("demo_nac", 1, NAC),
     ("demo_vmoe", 8, VMOE),
@@ -34,4 +39,5 @@ def stages(config, world, *words, root=ROOT):
     pytest.param("demo_vmoe", 1, ["precision=float32"], marks=pytest.mark.slow),
 ])
 def test_no_stage_mixes_devices_or_waits_for_the_gpu(config, world, words):
-    assert stages(config, world, *words) == (14, set())  # 14 commands, of which two assemble and the others train
+    # 14 commands, of which two assemble and the others train
+    assert stages(config, world, *words) == (14, set())

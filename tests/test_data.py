@@ -20,11 +20,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image, ImageDraw
 
 import data
 import models
+from conftest import ROOT
 from data import UserError
 
 CPU = torch.device("cpu")

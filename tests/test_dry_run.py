@@ -11,11 +11,11 @@ import resource
 
 import pytest
 import torch
-from conftest import ROOT
-from test_runs import CONFIG, run, write_config
 
 import evaluate
 import models
+from conftest import ROOT
+from test_runs import CONFIG, run, write_config
 
 NAC, VMOE = (ROOT / f"configs/demo_{name}.yaml" for name in ("nac", "vmoe"))
 

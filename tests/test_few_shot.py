@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_runs import CONFIG, STUDENTS, run, run_processes, write_config
 
 import data
 import evaluate
 import models
+from test_runs import CONFIG, STUDENTS, run, run_processes, write_config
 
 # 10 images of each of 14 letters
 FEW = {"set": "lower_case", "images": 140, "ways": 3, "shots": [1, 2], "episodes": 20}

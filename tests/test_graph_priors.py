@@ -11,9 +11,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 import models
+from conftest import ROOT
 
 PRIORS = ["scale_free", "planted_partition", "ring_of_cliques", "erdos_renyi"]
 # mediators, links of a new node, groups

@@ -12,13 +12,13 @@ import math
 import os
 import sys
 
-import literal
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import distill_module
+import literal
 import models
 from data import UserError
 

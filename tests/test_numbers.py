@@ -10,11 +10,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from test_bad_input import command, here, refused, write_folder  # noqa: F401
 
 import data
 import models
+from conftest import ROOT
+from test_bad_input import command, here, refused, write_folder  # noqa: F401
+
 
 @pytest.mark.parametrize("value, clip", [
     (torch.nan, 0), (torch.nan, 1), (torch.inf, 0), (torch.inf, 1), (1e25, 1), (3e38, 1),

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import CONFIG, PIPELINE, STAGES, STUDENTS, log, run, shell, weights, write_config
 
 import data
 import models
+from test_runs import CONFIG, PIPELINE, STAGES, STUDENTS, log, run, shell, weights, write_config
 
 PLAIN = {**CONFIG["data"], "mixup": 0, "cutmix": 0}
 

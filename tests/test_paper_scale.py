@@ -20,11 +20,11 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
-from test_runs import ENV, shell
 
 import models
+from conftest import ROOT
+from test_runs import ENV, shell
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,7 @@
 """What people run into: each complaint as the smallest case that once failed, and what is promised instead.
 
-A dead worker, a small /dev/shm, SIGTERM while workers start, images in sub-folders, incomplete sets, two jobs in one
-folder, terminals without UTF-8, a look at a part of a set, few-shot folders, processes without torchrun.
+A dead worker, a small /dev/shm, SIGTERM while workers start, images in sub-folders, incomplete sets, two jobs
+in one folder, terminals without UTF-8, a part of a set, few-shot folders, processes without torchrun.
 """
 
 import json
@@ -14,13 +14,13 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
 from PIL import Image
-from test_runs import end, run, shell, start, start_processes, write_config
 
 import data
 import evaluate
 import models
+from conftest import ROOT
+from test_runs import end, run, shell, start, start_processes, write_config
 
 READ = ["role=meta", "data.workers=2", "data.randaugment=9", "train.meta.epochs=2"]  # images through workers
 
@@ -157,7 +157,8 @@ def test_an_empty_robustness_class_is_left_out_and_a_bad_set_keeps_no_other_from
 def test_few_shot_folders_need_no_train_have_names_of_their_own_and_errors_that_name_the_keys(tmp_path):
     path = write_config(tmp_path)
     run("finetune", path, "role=meta")
-    words = ["role=meta", "few_shot.set=folder", "few_shot.ways=2", "few_shot.shots=[1]", "few_shot.episodes=2"]
+    words = ["role=meta", "few_shot.set=folder", "few_shot.ways=2", "few_shot.shots=[1]",
+             "few_shot.episodes=2"]
     for name in ("pets", "tools"):
         folder_set(tmp_path / name, parts=("test",))
         run("evaluate", path, *words, f"few_shot.root={tmp_path / name}")
@@ -226,4 +227,5 @@ def test_a_changed_setting_is_answered_with_the_command_that_keeps_the_other_sta
     path = write_config(tmp_path)
     run("finetune", path, "role=meta")
     text = run("finetune", path, "role=meta", "train.meta.lr=0.5", expect=2)
-    assert "train.meta.lr was 0.05" in text and "now it is 0.5" in text and f"share={tmp_path / 'run'}" in text
+    assert "train.meta.lr was 0.05" in text and "now it is 0.5" in text
+    assert f"share={tmp_path / 'run'}" in text

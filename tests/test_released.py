@@ -1,7 +1,8 @@
-"""Promises about weights from elsewhere: the layouts that the authors and others released are read where they belong.
+"""Weights from elsewhere: the layouts that the authors and others released are read where they belong.
 
-The files are made here from the fixtures (the original's own tensors and names), in the folders and wrappings that were
-released. What is read is compared tensor by tensor; what would run code is refused by the name of its type.
+The files are made here from the fixtures (the original's own tensors and names), in the folders and wrappings
+that were released. What is read is compared tensor by tensor; what would run code is refused by the name of
+its type.
 """
 
 import argparse
@@ -11,19 +12,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
+import models
 from conftest import FIXTURES
 from test_runs import CONFIG, STAGE, run, weights, write_config
 
-import models
-
-WRAPPER = {"model_stages": [{}], "optimizer": {"state": {}}, "lr_scheduler": {"base_lrs": [0.1]}, "epoch": 99, "scaler": {}}
+WRAPPER = {"model_stages": [{}], "optimizer": {"state": {}}, "lr_scheduler": {"base_lrs": [0.1]}, "epoch": 99,
+           "scaler": {}}
 VIT = dict(patch=4, width=16, heads=2, mlp_ratio=4, depths=[1, 1, 1])
 SMALL = {  # the sizes of the fixtures
     "seed": 3, "device": "cpu", "data": {**CONFIG["data"], "classes": 5, "mixup": 0, "cutmix": 0},
     "meta": dict(VIT), "teacher": dict(VIT, depths=[1, 1, 1]), "distill": {"codes": "original"},
     "train": {stage: dict(STAGE, epochs=1) for stage in CONFIG["train"]}}
-NAC = dict(kind="nac", width=24, heads=2, mlp_ratio=2, head_width=8, latents=[6, 12, 4], propagators=1, code_width=16,
-           signature_width=8, tokenizer_blocks=1, grid_width=4, grid_size=2)
+NAC = dict(kind="nac", width=24, heads=2, mlp_ratio=2, head_width=8, latents=[6, 12, 4], propagators=1,
+           code_width=16, signature_width=8, tokenizer_blocks=1, grid_width=4, grid_size=2)
 VMOE = dict(VIT, kind="vmoe", width=12, experts=4)
 
 
@@ -54,7 +56,8 @@ def vmoe_modules(folder):
         (folder / f"vmoe_base_{i}").mkdir(parents=True)
         # Deep Incubation's files hold each tensor a second time.
         twice = {f"stages.0.{name}": value for name, value in student["model"].items()}
-        torch.save({"model": {**twice, **student["model"]}, **WRAPPER}, folder / f"vmoe_base_{i}/finished_checkpoint.pth")
+        file = folder / f"vmoe_base_{i}/finished_checkpoint.pth"
+        torch.save({"model": {**twice, **student["model"]}, **WRAPPER}, file)
     return [student["model"] for student in students]
 
 
@@ -64,7 +67,8 @@ def test_the_released_nac_modules_are_assembled_fine_tuned_and_scored(tmp_path, 
     path = config_file(tmp_path, NAC, assemble={"stitches": stitches})
     word = f"student.modules={tmp_path / 'modules'}"
     text = run("assemble", path, word)
-    assert "fresh tensors:" in text and "mediator_latents.codes" in text  # original codes are not in the files
+    # original codes are not in the files
+    assert "fresh tensors:" in text and "mediator_latents.codes" in text
     whole = torch.load(tmp_path / "run/student_assembled.pt", weights_only=True)["model"]
     for name, value in states[1].items():  # the propagator's tensors
         ours = name.replace("latent_attention.", "attention.")
@@ -93,7 +97,8 @@ def test_the_released_v_moe_modules_are_assembled_with_blocks_numbered_through(t
     whole = torch.load(tmp_path / "run/student_assembled.pt", weights_only=True)["model"]
     for i, state in enumerate(states):
         assert torch.equal(whole[f"blocks.{i}.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
-        assert torch.equal(whole[f"blocks.{i}.moe.fc1_weight"][2], state["blocks.0.moe.experts.2.htoh4.weight"][0])
+        expert = state["blocks.0.moe.experts.2.htoh4.weight"][0]
+        assert torch.equal(whole[f"blocks.{i}.moe.fc1_weight"][2], expert)
     run("finetune", path, f"student.modules={tmp_path / 'modules'}")
 
 
@@ -104,7 +109,8 @@ def test_our_own_modules_serve_another_run_and_the_folder_elsewhere_is_the_same_
     words = [f"output_dir={tmp_path / 'b'}", f"student.modules={tmp_path / 'a/run/student_modules'}"]
     run("assemble", path)
     run("assemble", path, *words)
-    assert torch.equal(weights(tmp_path / "a/run/student_assembled.pt"), weights(tmp_path / "b/student_assembled.pt"))
+    first, second = tmp_path / "a/run/student_assembled.pt", tmp_path / "b/student_assembled.pt"
+    assert torch.equal(weights(first), weights(second))
     os.rename(tmp_path / "a/run/student_modules", tmp_path / "moved")
     words[1] = f"student.modules={tmp_path / 'moved'}"
     assert "skipped" in run("assemble", path, *words)
@@ -142,7 +148,8 @@ def test_a_pretrained_vit_becomes_the_teacher_with_a_fresh_classifier(tmp_path):
     assert "fresh classifier" in text
     teacher = torch.load(tmp_path / "run/teacher.pt", weights_only=True)["model"]
     assert teacher["head.weight"].shape == (5, 16)
-    assert all(torch.equal(teacher[k], v) for k, v in pretrained.state_dict().items() if not k.startswith("head."))
+    backbone = {k: v for k, v in pretrained.state_dict().items() if not k.startswith("head.")}
+    assert all(torch.equal(teacher[k], v) for k, v in backbone.items())
 
 
 def test_stages_that_given_weights_replace_are_left_out():
@@ -154,7 +161,8 @@ def test_stages_that_given_weights_replace_are_left_out():
             config[block][name] = value
         return [stage for *_, stage in models.stages(config)]
 
-    every = ["meta", "incubate", "assemble_teacher", "teacher", "distill", "assemble_student", "student", "baseline"]
+    every = ["meta", "incubate", "assemble_teacher", "teacher", "distill", "assemble_student", "student",
+             "baseline"]
     assert names() == every
     assert names(meta_checkpoint="x") == every[1:]
     assert names(teacher_checkpoint="x") == ["meta", *every[4:]]
@@ -170,8 +178,8 @@ WRAPPINGS = {
     "DDP around compile": lambda s: {"model": {f"module._orig_mod.{k}": v for k, v in s.items()}},
     "compile around DDP": lambda s: {"state_dict": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
     "a LightningModule": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}},
-    "arguments and numpy numbers": lambda s: {"model": s, "args": argparse.Namespace(lr=np.float64(0.1), n=np.int64(3)),
-                                              "best": np.float32(81.5)},
+    "arguments and numpy numbers": lambda s: {
+        "model": s, "args": argparse.Namespace(lr=np.float64(0.1), n=np.int64(3)), "best": np.float32(81.5)},
 }
 
 
@@ -247,6 +255,7 @@ def test_mean_and_std_are_keys_kept_with_the_weights_and_taken_from_a_checkpoint
     assert models.load(tmp_path / "run/meta.pt").config["data"]["std"] == "half"
     other = models.load_config(path, [f"meta.checkpoint={tmp_path / 'run/meta.pt'}"])
     assert other["data"]["mean"] == other["data"]["std"] == "half"
-    torch.save({"state_dict": {}, "pretrained_cfg": {"mean": (0.5, 0.5, 0.5), "std": (0.4, 0.4, 0.4)}}, tmp_path / "t.pth")
+    told = {"mean": (0.5, 0.5, 0.5), "std": (0.4, 0.4, 0.4)}
+    torch.save({"state_dict": {}, "pretrained_cfg": told}, tmp_path / "t.pth")
     other = models.load_config(path, [f"teacher.checkpoint={tmp_path / 't.pth'}"])
     assert other["data"]["std"] == [0.4, 0.4, 0.4]
