@@ -1512,7 +1512,7 @@ def join_modules(model, folder):
 
 
 def look_at(config, dry=False):
-    """Fits every given file into its model and lists every set that a run needs, before anything is trained.
+    """Fits every given file into its model and lists every set, before anything is trained.
 
     Raises UserError. A dry run may do without the data.
     """
@@ -1530,6 +1530,11 @@ def look_at(config, dry=False):
             load_state(empty(config, role), weights_in(path), path, new_head=True)
         else:
             load_weights(empty(on_target(config, role), role), path)
+    look_at_sets(config, dry)
+
+
+def look_at_sets(config, dry=False):
+    """Lists every set that will be evaluated, so that what is wrong with one is said before training."""
     if config["few_shot"]["set"] == "folder":
         data.unseen(config["few_shot"])
     for c in (config, on_target(config, "student")):
@@ -1781,6 +1786,7 @@ class Stage:
         self.total_batch = c["batch"] * process.world * c["accumulate"]
         self.optimizers = {i: optimizer(module, c) for i, module in modules.items()}
         self.settings = {**settings(config, name), "processes": process.world}
+        look_at_sets(config)
         begin(config, process)
         # One pass over several modules has one checkpoint; a job for one module has its own.
         file = Path(config["output_dir"], next(iter(files.values())))

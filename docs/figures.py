@@ -292,12 +292,14 @@ def contact(runs):
     test = data.load(model.config, "test")
     # Far apart, and not in step with the classes, which drawn sets go through by turns.
     test = test.take([k * (len(test) // 8 + 1) % len(test) for k in range(8)])
-    mean, std = (torch.tensor(v)[:, None, None] for v in (data.MEAN, data.STD))
+    ends = torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    black, white = data.normalize(ends, model.config["data"])
     figure, axes = page(runs[:1], "what the student takes images for (green: right, red: wrong)", 2, 8, 3.1)
     for row, title, images in zip(axes, ("test images", "renditions"), (test, data.renditions(test))):
         row[0].set_ylabel(title)
         x, labels = next(data.eval_batches(images, model.config, data.Setup(torch.device("cpu"), 0, 1)))
-        for axis, image, label, answer in zip(row, x * std + mean, labels, model(x).argmax(-1)):
+        answers, x = model(x).argmax(-1), (x - black) / (white - black)
+        for axis, image, label, answer in zip(row, x, labels, answers):
             name, right = (test.class_names[k][:13] for k in (answer, label))
             color, text = (GREEN, name) if answer == label else (RED, f"{name}\nnot {right}")
             axis.imshow(image.clamp(0, 1).permute(1, 2, 0))

@@ -20,6 +20,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import models
@@ -178,6 +179,8 @@ def test_tiny_imagenet_nac(sets, folder):
     assert {"tokenizer.grid", "pool.to_logits.weight", "pool.to_logits.bias"} <= set(fresh)
     assert "scale_free: 508 links over 256 mediators" in text["assemble.py", "student"]
 
+    from_released_modules("tiny_imagenet_nac", folder, words)
+
     # The other layout: the same images, the same score.
     downloaded = scores(run, "student")
     evaluated("tiny_imagenet_nac", folder, [*words, f"target.root={sets}/sorted"])
@@ -208,7 +211,21 @@ def test_imagenet_vmoe(sets, folder):
         line = json.loads(line)
         load = line.get("expert_load", [])
         assert len(load) == {"distill": 3, "student": 12, "baseline": 12}.get(line["stage"], 0)
+    from_released_modules("imagenet_vmoe", folder, words)
     robust(run, "imagenet_vmoe", words, folder, rendered)
+
+
+def from_released_modules(name, folder, words):
+    """docs/weights.md's recipe: a folder of modules replaces stages 1 to 4; two steps of what is left."""
+    run, again = folder / name, folder / f"{name}_released"
+    words = [*TWO_STEPS, *words, f"student.modules={run}/student_modules", f"output_dir={again}"]
+    lines = stages(f"configs/{name}.yaml", words)
+    assert [line[0] for line in lines] == ["assemble.py", "finetune.py", "finetune.py", "evaluate.py"]
+    for line in lines:
+        command(line, folder)
+    whole, other = (models.read(f / "student_assembled.pt")["model"] for f in (run, again))
+    assert whole.keys() == other.keys() and all(torch.equal(whole[k], other[k]) for k in whole)
+    assert len((again / "log.jsonl").read_text().splitlines()) == 2
 
 
 def evaluated(name, folder, words):

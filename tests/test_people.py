@@ -145,10 +145,10 @@ def test_an_empty_robustness_class_is_left_out_and_a_bad_set_keeps_no_other_from
     for file in (tmp_path / "drawings/b").iterdir():
         file.unlink()
     (tmp_path / "empty").mkdir()
-    changes = on_folder(root, robustness=[str(tmp_path / "empty"), str(tmp_path / "drawings")])
-    path = write_config(tmp_path, **changes)
+    path = write_config(tmp_path, **on_folder(root, robustness=[str(tmp_path / "drawings")]))
     run("finetune", path, "role=meta")
-    text = run("evaluate", path, "role=meta")
+    both = f"data.robustness=[{tmp_path / 'empty'}, {tmp_path / 'drawings'}]"
+    text = run("evaluate", path, "role=meta", both)
     assert "is left out" in text
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert [(r["set"], r["images"]) for r in results] == [("test", 48), (str(tmp_path / "drawings"), 36)]
