@@ -11,8 +11,8 @@ module was trained between two stitch layers, from the meta model's width to its
     keep     … S_i ─ post_i ─ pre_{i+1} ─ S_{i+1} …        both stay: S_{i+1} hears S_i through M's width
     fold     … S_i ─ (pre_{i+1} ∘ post_i) ─ S_{i+1} …      the same function as keep, as one affine map
 
-(Key assemble.stitches; fold is for a NAC, because a V-MoE's stitches hold LayerNorms.) Every tensor of the
-whole model comes from the modules or is named here as fresh. A NAC's graph prior is fitted now. Right after
+(Key assemble.stitches; fold is for a NAC, because a V-MoE's stitches hold LayerNorms.) Tensors of the whole
+model that are in no module's file are named as fresh. A NAC's graph prior is fitted now. Right after
 assembly a student's accuracy is near chance: its modules have never met. finetune.py trains it.
 """
 
@@ -21,13 +21,13 @@ import models
 
 
 def main():
-    config, words = models.command_line(__doc__, ("student", "teacher"))
-    if words.dry_run:
+    config, args = models.command_line(__doc__, ("student", "teacher"))
+    if args.dry_run:
         return models.dry_run(config)
     process = data.setup(config["device"])
     # A copy of files: under torchrun too, one process does it.
     if process.rank == 0:
-        assemble(config, words.role, process)
+        assemble(config, args.role, process)
 
 
 def assemble(config, role, process):
@@ -36,11 +36,11 @@ def assemble(config, role, process):
         return models.announce(process, f"{stage}: finished; skipped")
     models.begin(config, process)
     whole = models.build(config, role)
-    # A NAC's signatures, who talks to whom, are in no module: tokens of the meta model have none.
+    # Inside the meta model nothing has signatures, so no module's file holds any: they are fitted now.
     models.say(process, models.fit_graph_prior(whole, config))
 
     # The modules share the whole model's parameters: reading a module's file fills its place in the whole.
-    # Stitches are not shared. Dropped ones go with the modules; kept and folded ones are copied to the whole.
+    # Stitches belong to the modules, not to the whole: drop ignores them, keep and fold copy them.
     modules = models.cut(whole, config, role)
     folder = config["student"]["modules"] if role == "student" else None
     for i, module in enumerate(modules):
@@ -53,9 +53,9 @@ def assemble(config, role, process):
     models.join_stitches(whole, modules, config["assemble"]["stitches"])
 
     # What is in no module's file is found by identity and named.
-    taught = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
+    in_files = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
     fresh = [key for key, tensor in whole.state_dict(keep_vars=True).items()
-             if id(tensor) not in taught and not key.startswith("stitches.")]
+             if id(tensor) not in in_files and not key.startswith("stitches.")]
     if role == "student":
         target = models.build(models.on_target(config, role), role)
         whole, other = carry(whole, target, models.new_classes(config))

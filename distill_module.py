@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 distill_module.py --config configs/imagenet_vmoe.yaml
 
 Teacher T, student S and meta model M are each cut into L modules: T = T_{L-1} ∘ … ∘ T_0, and so on. M is
-small, one block a module; it was trained first (finetune.py role=meta) and never changes here. T is finished
-too (finetune.py role=teacher). To teach S_i, put it in M's place i:
+small, one block per module; it was trained first (finetune.py role=meta) and never changes here. T is
+finished too (finetune.py role=teacher). To teach S_i, put it in M's place i:
 
                               ┌─        T_i       ─ M_{i+1} ─ … ─ M_{L-1} ─ logits of the teacher hybrid
     image ─ M_0 ─ … ─ M_{i-1} ┤ h_i                                         │ KD
@@ -16,12 +16,12 @@ too (finetune.py role=teacher). To teach S_i, put it in M's place i:
     loss = (1−α)·CE + α·KD                                                  label
 
 Only S_i learns, with its stitch layers pre and post, which translate between the student's width and M's (T
-has M's width). What a NAC's module shares with others does not learn (see NACModule). The gradient reaches
-S_i through the frozen M_{i+1} … M_{L-1}. S_0 takes in pixels, like M_0, and has no pre; S_{L-1} gives logits
-and has no post. The L pairs (T_i, S_i) do not depend on one another, but all start from states h of the same
-M: one run of M over a batch gives h_0 … h_{L-1} to all. The teacher's own modules are made the same way,
-without a teacher (α = 0) and without stitches: Deep Incubation. Afterwards assemble.py joins the modules, and
-finetune.py trains the whole.
+has M's width). Of a NAC, what several modules use (seeder, mediator codes) keeps its initial values here and
+learns in fine-tuning. The gradient reaches S_i through the frozen M_{i+1} … M_{L-1}. S_0 takes in pixels,
+like M_0, and has no pre; S_{L-1} gives logits and has no post. The L pairs (T_i, S_i) do not depend on one
+another, but all start from states h of the same M: one run of M over a batch gives h_0 … h_{L-1} to all. The
+teacher's own modules are made the same way, without a teacher (α = 0) and without stitches: Deep Incubation.
+Afterwards assemble.py joins the modules, and finetune.py trains the whole.
 
 Writes <output_dir>/<role>_modules/<i>.pt. Skips what is finished, resumes what is not; key=value overrides
 any key. finetune.py has the same loop for one whole model.
@@ -35,18 +35,18 @@ from models import kd, soft_target_ce
 
 
 def main():
-    config, words = models.command_line(__doc__, ("student", "teacher"), module=dict(type=int))
-    if words.dry_run:
+    config, args = models.command_line(__doc__, ("student", "teacher"), module=dict(type=int))
+    if args.dry_run:
         return models.dry_run(config)
     # Stage 2 trains the teacher's modules with labels alone, stage 4 the student's with labels and teacher.
-    role, d = words.role, config["distill"]
+    role, d = args.role, config["distill"]
     options = {key: d[key] for key in ("tau", "kind", "reduction")}
     name, alpha = ("incubate", 0.0) if role == "teacher" else ("distill", d["alpha"])
     process = data.setup(config["device"])
     L = models.modules_of(config)
-    if words.module not in (None, *range(L)):
-        raise data.UserError(f"module={words.module} is not one of the modules 0 to {L - 1}.")
-    wanted = range(L) if words.module is None else [words.module]
+    if args.module not in (None, *range(L)):
+        raise models.UserError(f"module={args.module} is not one of the modules 0 to {L - 1}.")
+    wanted = range(L) if args.module is None else [args.module]
     files = {i: f"{role}_modules/{i}.pt" for i in wanted}
     files = {i: file for i, file in files.items() if not models.finished(config, name, file)}
     if not files:
@@ -55,17 +55,17 @@ def main():
 
     # The meta model never changes, nor does the teacher. Evaluation mode: no noise but the module's own.
     meta = models.frozen(config, "meta", process)
+    # M with its own M_0 in place 0 is M: its accuracy alone.
     alone = accuracy(meta, {0: meta.parts[0]}, validation, config, process)[0]
     teacher = models.frozen(config, "teacher", process) if alpha else None
     if teacher:
-        # Does T fit this meta model? Far below M alone it does not; above M alone it has something to add.
+        # Far below M alone, T does not fit this M (if M knows anything); above it, T has something to add.
         hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process)
         models.say(process, f"validation: meta model {alone} %, teacher hybrids {[*hybrids.values()]} %")
         if min(hybrids.values()) < alone / 2 and alone > 200 / config["data"]["classes"]:
-            models.say(process, "warning: these teacher modules do not work inside this meta model; a "
-                       "teacher that was not incubated in it has little to teach here")
-    # The modules share the parameters of a whole model, so all start as they would in it. Each has an
-    # optimizer of its own: no pair touches another, and training all in one pass is training each alone.
+            models.say(process, "warning: the teacher does not fit this meta model: was it incubated in it?")
+    # Cut from one whole model, modules start as they would in it. But no parameter that learns belongs to
+    # two of them, and each has an optimizer of its own: training all in one pass is training each alone.
     whole = models.build(config, role)
     models.set_drop_path(whole, config["train"][name]["drop_path"])
     modules = models.cut(whole, config, role)
@@ -78,7 +78,7 @@ def main():
             with models.autocast(config, process.device), torch.no_grad():
                 hidden = meta.hidden_states(images)
             for i, student in stage.ddp.items():
-                # Drop path, code jitter and the like: a module gets the same noise alone as among all others.
+                # Noise (drop path, jitter) is drawn from (step, i): the same for modules together or alone.
                 stage.seed_noise(i)
                 with models.autocast(config, process.device):
                     # Student hybrid: M_{L-1} ∘ … ∘ M_{i+1} ∘ post ∘ S_i ∘ pre (h_i). The rest of M is frozen
@@ -99,9 +99,10 @@ def main():
             stage.step()
         hybrids = accuracy(meta, students, validation, config, process)
         stage.end_epoch(hybrids)
-    for i in [i for i, top1 in hybrids.items() if top1 < alone / 2]:
-        models.say(process, f"module {i}'s hybrid ends at {hybrids[i]} %, the meta model alone {alone} %: "
-                   f"train it longer (train.{name}.epochs)")
+    for i, top1 in hybrids.items():
+        if top1 < alone / 2:
+            models.say(process, f"module {i}'s hybrid ends at {top1} %, the meta model alone {alone} %: "
+                       f"train it longer (train.{name}.epochs)")
     stage.finish()
 
 

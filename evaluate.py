@@ -34,29 +34,29 @@ STAGES = {"student": (["distill", "student"], ["meta", "incubate", "teacher"]), 
 def main():
     if "--report" in sys.argv:
         return report(sys.argv[sys.argv.index("--report") + 1:])
-    config, words = models.command_line(__doc__, (*STAGES, "all"), checkpoint={}, image=dict(action="append"))
-    if words.dry_run:
+    config, args = models.command_line(__doc__, (*STAGES, "all"), checkpoint={}, image=dict(action="append"))
+    if args.dry_run:
         return models.dry_run(config)
-    if words.checkpoint and words.role == "all":
+    if args.checkpoint and args.role == "all":
         raise models.UserError("checkpoint= is one model's weights: say which with role=.")
     process = data.setup(config["device"])
-    if words.image:
-        return classify(words.image, words.checkpoint or models.weights_of(config, words.role), process)
+    if args.image:
+        return classify(args.image, args.checkpoint or models.weights_of(config, args.role), process)
     models.begin(config, process)
     # `all` means all there is: a run whose baseline is still training has fewer.
     given = [role for role in ("meta", "teacher") if config[role]["checkpoint"]]
     there = [role for role in STAGES if role in given or models.finished(config, role, f"{role}.pt")]
-    for role in there if words.role == "all" else [words.role]:
+    for role in there if args.role == "all" else [args.role]:
         # A student is tested where it was fine-tuned, which need not be where its modules were distilled.
-        path, target = words.checkpoint or models.weights_of(config, role), models.on_target(config, role)
+        path, target = args.checkpoint or models.weights_of(config, role), models.on_target(config, role)
         for result in evaluate(role, path, target, process):
             # At once, whatever happens to the next set.
-            if process.rank == 0 and not words.checkpoint:
+            if process.rank == 0 and not args.checkpoint:
                 keep(Path(config["output_dir"], "results.json"), result)
             line = "{role}, {set}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {images:,} images"
             models.say(process, line.format(**result))
     # The other processes need not wait: nothing collective follows.
-    if words.role == "all" and process.rank == 0:
+    if args.role == "all" and process.rank == 0:
         report([config["output_dir"]])
         print(f"pictures: pip install matplotlib && python docs/figures.py {config['output_dir']}")
 
@@ -165,8 +165,8 @@ def features_of(model, images, config, process):
 def linear_probe(support, query, ways):
     """Trains a linear classifier for each of E episodes, all side by side.
 
-    support E ways·n D, query E ways·m D, class by class -> is the label the best, or among the best 5: E
-    ways·m 2
+    support E ways·n D, query E ways·m D, class by class -> E ways·m 2: is the label the best, or among the
+    best 5?
     """
     E, D = len(support), support.shape[2]
 

@@ -19,10 +19,10 @@ from models import kd, soft_target_ce
 
 
 def main():
-    config, words = models.command_line(__doc__, ("student", "meta", "teacher", "baseline", "baseline_kd"))
-    if words.dry_run:
+    config, args = models.command_line(__doc__, ("student", "meta", "teacher", "baseline", "baseline_kd"))
+    if args.dry_run:
         return models.dry_run(config)
-    role, d = words.role, config["distill"]
+    role, d = args.role, config["distill"]
     options = {key: d[key] for key in ("tau", "kind", "reduction")}
     # The paper fine-tunes the student with labels alone; here the whole teacher can go on teaching it.
     alpha = {"student": config["train"]["student"]["alpha"], "baseline_kd": d["alpha"]}.get(role, 0.0)
@@ -55,7 +55,7 @@ def main():
 
     for epoch in stage.epochs():
         for images, targets in stage.batches(epoch):
-            # Drop path, code jitter and the like are a function of the step: no random state to save.
+            # Drop path, code jitter and the like are drawn from the step's number: no random state to save.
             stage.seed_noise()
             with models.autocast(config, process.device):
                 logits = stage.ddp[role](images).float()

@@ -1,11 +1,11 @@
 """models.py – the models of m2mKD, how they are cut into modules and joined; then what all stages share.
 
 For the method, read in this order:
-    ViT and V-MoE                   ViT.hidden_states and ViT.rest are all that the method asks of the meta
-    model M Neural Attentive Circuit        the other student, in the order in which an image passes
-    Graph priors and regularizers   what a NAC's signatures are fitted to; the method works without
-    Modules inside the meta model   cut: a whole student -> S_0 … S_{L-1}, each Stitched so that it fits into
-    M Losses · Models from a config
+    ViT and V-MoE                   meta model, teacher, one student; the method needs hidden_states and rest
+    Neural Attentive Circuit        the other student, in the order in which an image passes
+    Graph priors and regularizers   optional: what a NAC's signatures are fitted to
+    Modules inside the meta model   cut(): a whole student -> S_0 … S_{L-1}, each with its stitches
+    Losses · Models from a config
 Config, Weights, Run folder, Stage and Cost are plumbing, to be skipped at first.
 
 Axis letters in shape comments:  B batch · N tokens · D width · E experts · T = B·N · H hidden · K classes
@@ -825,23 +825,27 @@ class NACModule(nn.Module):
 
     A ViT's block takes any number of tokens, so a module may hand on its U latents in place of the 1+N tokens
     that came in. The meta model's head then reads the first of them, which thereby learns to be the class
-    token. Inside the meta model there are tokens instead of latents. `mode` says whose codes and states go
-    with them:
-      own       the circuit's own, as near to a module's later use as tokens allow. Read-in and read-out have
-                their latents, with states from the seeder. In the first propagator the tokens stand for input
-                latents, and the seeded mediators listen to them; in later ones, and for the read-out, tokens
-                stand for mediators. What several modules share (seeder, mediator codes, the codes that tokens
-                get) stays as initialized here; codes and seeder are carried on into the circuit.
-      original  the paper's code: one fixed random code for everything; read-in and read-out have one latent,
-                of fixed random state; a propagator's tokens receive and send. None reaches the circuit.
-    Tokens have no signatures, so there is no kernel here, and its bandwidth does not learn.
+    token. M has tokens where the circuit has latents, so M's tokens stand for latents, with their codes:
+
+      mode      module             receivers                     senders
+      own       read-in            input latents                 the tokenizer's tokens
+      own       propagator 1       mediators                     M's tokens (as input latents), mediators
+      own       later propagators  M's tokens (as mediators)     the same
+      own       read-out           output latents                M's tokens (as mediators)
+      original  read-in, read-out  one latent of random state    as above
+      original  propagators        M's tokens                    the same
+
+    own: latents start from the seeder, with the circuit's codes. What several modules use (seeder, mediator
+    codes, the codes of tokens) keeps its initial values here and learns in fine-tuning. original, as in the
+    paper's code: one fixed random code for everything, which does not reach the circuit. Tokens have no
+    signatures, so inside M there is no kernel, and its bandwidth does not learn.
     """
 
     def __init__(self, nac, i, mode):
         super().__init__()
         own, last = mode == "own", len(nac.propagators) + 1
         self.kind = "read_in" if i == 0 else "read_out" if i == last else "propagator"
-        # Who listens to the tokens (None: they do), and whom the tokens stand for.
+        # Which latents receive (None: the tokens do), and which latents the tokens stand for.
         listeners, stand_in = None, nac.mediator_latents
         if i == 0:
             self.tokenizer, self.read_in, listeners = nac.tokenizer, nac.read_in, nac.input_latents
@@ -864,7 +868,7 @@ class NACModule(nn.Module):
         if listeners and own:
             # Two modules may not pull at one tensor, because each is trained alone. The mediators' codes are
             # also those of the tokens in later modules, so the first propagator leaves them as they are.
-            # (This NAC only lends its parameters: finetune.py builds another, in which all learns.)
+            # (Of this NAC only: finetune.py builds a new one, in which everything learns.)
             self.codes = listeners.codes.requires_grad_(i != 1)
             self.seeder = nac.seeder.requires_grad_(False)
         else:
@@ -1234,7 +1238,7 @@ def load_config(path, overrides=()):
         for key, value in zip(("patch", "width", "heads", "depth"), sizes):
             flat[f"{role}.{key}"] = given.get(f"{role}.{key}", value)
     config = unflatten(flat)
-    for key, value in told(config).items():
+    for key, value in normalization_of(config).items():
         config["data"][key] = config["data"][key] or value
     target = on_target(config, "student")["data"]
     for own, options in ((config["data"], config["data"]), (config["target"], target)):
@@ -1245,12 +1249,12 @@ def load_config(path, overrides=()):
     return config
 
 
-def told(config):
+def normalization_of(config):
     """mean and std of the images that a given checkpoint was made for, if it tells, else ImageNet's."""
     for path in given(config).values():
         with contextlib.suppress(UserError):
             content = read(path.partition("#")[0], whole=False)
-            content = content if isinstance(content, dict) else {}  # look_at says what is wrong with it
+            content = content if isinstance(content, dict) else {}  # check_inputs says what is wrong with it
             own = content.get("config", {}).get("data") or content.get("pretrained_cfg") or {}
             if own.get("mean") and own.get("std"):
                 return {key: v if isinstance(v := own[key], str) else list(v) for key in ("mean", "std")}
@@ -1451,7 +1455,7 @@ def load_state(model, state, path, new_head=False):
                             f"{tuple(value.shape)}.")
         if not tensor.is_floating_point():
             raise UserError(f"{path}: the tensor {name} is of {tensor.dtype}, the model's of {value.dtype}.")
-    if not any(tensor.is_meta for tensor in own.values()):  # look_at only wants to know whether it fits
+    if not any(tensor.is_meta for tensor in own.values()):  # check_inputs only wants to know whether it fits
         model.load_state_dict(state)
 
 
@@ -1511,7 +1515,7 @@ def join_modules(model, folder):
     return state
 
 
-def look_at(config, dry=False):
+def check_inputs(config, dry=False):
     """Fits every given file into its model and lists every set, before anything is trained.
 
     Raises UserError. A dry run may do without the data.
@@ -1530,10 +1534,10 @@ def look_at(config, dry=False):
             load_state(empty(config, role), weights_in(path), path, new_head=True)
         else:
             load_weights(empty(on_target(config, role), role), path)
-    look_at_sets(config, dry)
+    check_sets(config, dry)
 
 
-def look_at_sets(config, dry=False):
+def check_sets(config, dry=False):
     """Lists every set that will be evaluated, so that what is wrong with one is said before training."""
     if config["few_shot"]["set"] == "folder":
         data.unseen(config["few_shot"])
@@ -1786,7 +1790,7 @@ class Stage:
         self.total_batch = c["batch"] * process.world * c["accumulate"]
         self.optimizers = {i: optimizer(module, c) for i, module in modules.items()}
         self.settings = {**settings(config, name), "processes": process.world}
-        look_at_sets(config)
+        check_sets(config)
         begin(config, process)
         # One pass over several modules has one checkpoint; a job for one module has its own.
         file = Path(config["output_dir"], next(iter(files.values())))
@@ -1905,7 +1909,7 @@ class Stage:
             lines.append({"stage": self.name, "module": i, "epoch": self.epoch + 1, "step": self.number,
                           "loss": loss / images, "top1": 100 * correct / images, "val_top1": validated[i],
                           "lr": self.lr, "images_per_second": images / self.trained,
-                          "seconds": seconds / many, "tmac": self.macs / many / 1e12, **facts(module)})
+                          "seconds": seconds / many, "tmac": self.macs / many / 1e12, **log_extras(module)})
         if self.process.rank == 0:
             # The log first: an epoch that a kill makes us repeat writes its lines again; the last ones count.
             append(Path(self.config["output_dir"], "log.jsonl"), lines)
@@ -2001,7 +2005,7 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
 
 
-def facts(module):
+def log_extras(module):
     """For the log: each expert's share of the last batch's tokens, a row a mixture; a NAC's linked pairs."""
     load = [[round(share, 3) for share in m.load.tolist()] for m in module.modules() if isinstance(m, MoE)]
     linked = {"linked": linked_pairs(module)} if isinstance(module, NAC) else {}
@@ -2033,7 +2037,7 @@ def append(path, lines):
 
 def dry_run(config):
     """Builds every model of the config without weights and prints what each stage trains and takes."""
-    look_at(config, dry=True)
+    check_inputs(config, dry=True)
     world = int(os.environ.get("WORLD_SIZE", 1))
     print("stage     parameters     images epochs     steps batch  learning rate     state GiB       TMAC"
           "   GPU hours")

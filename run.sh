@@ -26,7 +26,7 @@ for word in "$@"; do [ "$word" != --dry-run ] || exec "$python" "$here/finetune.
 stages=$("$python" -c "import sys; sys.path.insert(0, '$here'); import models
 def main():
     config, _ = models.command_line('', ['all'])
-    models.look_at(config)
+    models.check_inputs(config)
     for script, role, _ in models.stages(config): print(script, role)
 models.run(main)" \
     --config "$config" "$@")

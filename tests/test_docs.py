@@ -63,7 +63,7 @@ def test_every_command_of_reproduce_sh_has_a_config_that_is_accepted(tmp_path, m
     assert len(commands) > 100
     monkeypatch.setattr(Path, "is_dir", lambda path: True)  # the runs that are shared
     # as are checkpoints
-    monkeypatch.setattr(models, "told", lambda config: {"mean": "imagenet", "std": "imagenet"})
+    monkeypatch.setattr(models, "normalization_of", lambda config: {"mean": "imagenet", "std": "imagenet"})
     for script, *words in map(str.split, commands):
         (config,) = (word for word in words if word.startswith("configs/"))
         overrides = [w for w in words if w not in ("--config", config) and not w.startswith("role=")]

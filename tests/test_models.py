@@ -235,7 +235,7 @@ def test_linked_pairs_by_hand():
     nac = models.NAC(**{**SMALL, "latents": (1, 3, 1), "signature_width": 2})
     # δ = 1 − cos: .29 for 0°–45° and 45°–90°, 1 > .9 for 0°–90°: two of three pairs can talk.
     nac.mediator_latents.signatures.data = torch.tensor([[1.0, 0], [1, 1], [0, 1]])
-    assert models.facts(nac) == {"linked": pytest.approx(200 / 3)}
+    assert models.log_extras(nac) == {"linked": pytest.approx(200 / 3)}
 
 
 def best_by_brute_force(cost, capacity):
@@ -312,7 +312,7 @@ def test_moe_is_the_literal_mixture(routing, load):
         compare(moe, moe, lambda x: literal.moe(moe, x), x, tolerance, gradient_tolerance)
         assert abs(moe.load.sum() - 1) < 1e-6
         if load:
-            assert models.facts(moe) == {"expert_load": [load]}  # what the log says
+            assert models.log_extras(moe) == {"expert_load": [load]}  # what the log says
         if routing == "without expert 2":
             assert moe.load[2] == 0 and (moe.fc1_weight.grad[2] == 0).all() and moe.load[0] > 0
 

@@ -979,7 +979,8 @@ MODULES = [("distill_module.py", "student"), ("assemble.py", "student")]
 
 
 @pytest.mark.parametrize("given, left_out", [
-    ("meta.checkpoint=m.pt", META), ("teacher.checkpoint=t.pt", TEACHER), ("student.start=s.pt", META + TEACHER + MODULES),
+    ("meta.checkpoint=m.pt", META), ("teacher.checkpoint=t.pt", TEACHER),
+    ("student.start=s.pt", META + TEACHER + MODULES),
     ("meta.checkpoint=m.pt teacher.checkpoint=t.pt", META + TEACHER)])
 def test_run_sh_leaves_out_what_is_given(tmp_path, given, left_out):
     path, words = write_config(tmp_path), given.replace("=", f"={tmp_path}/").split()
