@@ -57,35 +57,23 @@ def assemble(config, role, process):
     fresh = [key for key, tensor in whole.state_dict(keep_vars=True).items()
              if id(tensor) not in in_files and not key.startswith("stitches.")]
     if role == "student":
-        target = models.build(models.on_target(config, role), role)
-        whole, other = carry(whole, target, models.new_classes(config))
-        fresh += other
+        fresh, whole = carry(whole, fresh, config)
     models.save_finished(config, stage, name, whole.state_dict())
     models.announce(process, f"{stage}: {len(modules)} modules; fresh tensors: {', '.join(fresh) or 'none'}")
 
 
-def carry(distilled, student, new_classes):
-    """Weights of the distilled student -> the student of the target data, and the names not carried over.
+def carry(distilled, fresh, config):
+    """-> what is fresh in the student of the target data, and that student with the distilled one's weights.
 
-    In the paper Tiny-ImageNet's students are distilled on ImageNet: image size and classes differ.
+    In the paper Tiny-ImageNet's students are distilled on ImageNet: image size and classes differ. A NAC's
+    position grid belongs to the size, a classifier to the classes. A V-MoE's positions are resized.
     """
-    source, state, fresh = distilled.state_dict(), student.state_dict(), []
-    for name, tensor in state.items():
-        fits = source[name].shape == tensor.shape
-        # A NAC's position grid belongs to the size, a classifier to the classes: they start afresh.
-        classifier = name.startswith(("pool.to_logits", "head."))
-        if classifier and new_classes or name == "tokenizer.grid" and not fits:
-            fresh.append(name)
-        elif fits:
-            state[name] = source[name]
-        elif name == "pos_embed":
-            # A V-MoE's are resized, as when weights from elsewhere are read.
-            state[name] = models.resize_pos_embed(source[name], tensor.shape[1])
-        else:
-            raise models.UserError(f"{name} is {tuple(source[name].shape)} in the modules and "
-                                   f"{tuple(tensor.shape)} in the student on target: it cannot be carried.")
-    student.load_state_dict(state)
-    return student, fresh
+    student, state = models.build(models.on_target(config, "student"), "student"), distilled.state_dict()
+    other = [name for name, tensor in student.state_dict().items()
+             if name.startswith(models.NEW_HEAD) and models.new_classes(config)
+             or name == "tokenizer.grid" and tensor.shape != state[name].shape]
+    models.load_state(student, state, "the student as distilled", keep=tuple(other))
+    return fresh + other, student
 
 
 if __name__ == "__main__":

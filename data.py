@@ -224,7 +224,8 @@ def epoch_images(config, stage):
     options, settings = config["data"], config["train"][stage]
     images = options["train_images"]
     if options["set"] not in DRAWN and not images:
-        pool = TRAIN_IMAGES.get(options["set"]) or len(_pool(options, "train"))
+        whole = options["classes"] in (None, CLASSES.get(options["set"]))  # no subset of the classes
+        pool = whole and TRAIN_IMAGES.get(options["set"]) or len(_pool(options, "train"))
         images = max(0, pool - held_out(options, pool))
     first, stop = settings["images"] or (0, images)
     return max(0, min(images, stop) - first) * settings["passes"]
@@ -827,14 +828,22 @@ def _robustness(folder, names):
     return imageset
 
 
-def unseen(options):
-    """The test images of a few-shot set. Of a folder: <class>/* in its test/, its val/ or itself."""
-    if options["set"] != "folder":
-        return load({"data": options}, "test")
-    root = _root(options)
-    folder = next((folder for folder in (root / "test", root / "val") if folder.is_dir()), root)
-    names = _class_folders(folder)
-    return _read_folders(folder, names, names)
+def few_shot_set(config):
+    """The test images of the few-shot set. Of a folder: <class>/* in its test/, its val/ or itself."""
+    f = config["few_shot"]
+    # Images as the model knows them (size, crop), but of another set, with all its classes.
+    other = {"set": f["set"], "root": f["root"], "classes": None, "test_images": f["images"]}
+    options = {**config["data"], **other}
+    try:
+        if f["set"] != "folder":
+            return load({"data": options}, "test")
+        root = _root(options)
+        folder = next((folder for folder in (root / "test", root / "val") if folder.is_dir()), root)
+        names = _class_folders(folder)
+        return _read_folders(folder, names, names)
+    except UserError as e:
+        text = str(e).replace("data.test_images", "few_shot.images").replace("data.", "few_shot.")
+        raise UserError(text) from None
 
 
 def _cifar100(options, part):

@@ -42,7 +42,8 @@ def main():
     process = data.setup(config["device"])
     if args.image:
         return classify(args.image, args.checkpoint or models.weights_of(config, args.role), process)
-    models.begin(config, process)
+    if not Path(config["output_dir"], "config.yaml").exists():  # of a run: how it was trained
+        models.begin(config, process)
     # `all` means all there is: a run whose baseline is still training has fewer.
     given = [role for role in ("meta", "teacher") if config[role]["checkpoint"]]
     there = [role for role in STAGES if role in given or models.finished(config, role, f"{role}.pt")]
@@ -109,12 +110,13 @@ def classify(files, path, process):
     """Prints the five best classes of each image file."""
     model = models.load(path).to(process.device)
     images = data.ImageSet([0] * len(files), model.class_names, files=files)
+    alone = data.Setup(process.device, 0, 1)  # each process reads all files; the first one prints
     with torch.no_grad():
-        logits = torch.cat([model(x) for x, _ in data.eval_batches(images, model.config, process)])
+        logits = torch.cat([model(x) for x, _ in data.eval_batches(images, model.config, alone)])
     for file, probabilities in zip(files, logits.softmax(-1)):
         best = probabilities.topk(min(5, len(probabilities)))
-        pairs = zip(best.indices.tolist(), best.values.tolist())
-        print(f"{file}: {', '.join(f'{model.class_names[k]} {100 * p:.1f} %' for k, p in pairs)}")
+        names = [f"{model.class_names[k]} {100 * p:.1f} %" for p, k in zip(*map(torch.Tensor.tolist, best))]
+        models.say(process, f"{file}: {', '.join(names)}")
 
 
 def few_shot(model, config, process):
@@ -122,14 +124,7 @@ def few_shot(model, config, process):
 
     A few images of each class are labeled; a linear classifier is trained on frozen features of these.
     """
-    f = config["few_shot"]
-    # Images as the model knows them (size, crop), but of another set, with all its classes.
-    other = {"set": f["set"], "root": f["root"], "classes": None, "test_images": f["images"]}
-    try:
-        images = data.unseen({**config["data"], **other})
-    except models.UserError as e:
-        text = str(e).replace("data.test_images", "few_shot.images").replace("data.", "few_shot.")
-        raise models.UserError(text) from None
+    f, images = config["few_shot"], data.few_shot_set(config)
     # The model is frozen, so each image goes through it once and serves all episodes.
     features, labels = features_of(model, images, config, process), images.labels.numpy()
     for shots in f["shots"]:
@@ -257,7 +252,8 @@ def report(folders):
         line |= {column: mean_std([one[column] for one in row.values() if column in one]) for column in sets}
         gains = [row[s]["test %"] - plain[s]["test %"] for s in row
                  if "test %" in row[s].keys() & plain.get(s, {}).keys()]
-        line[f"against {first}"] = mean_std(gains, "+")
+        if len(folders) > 1:
+            line[f"against {first}"] = mean_std(gains, "+")
         for column in ("own TMAC", "all TMAC", "own s"):
             line[column] = f"{statistics.mean(one[column] for one in row.values()):.3g}"
         lines.append(line)

@@ -40,12 +40,10 @@ def main():
     # Teacher and student start from their assembled modules, meta model and baselines from scratch. A
     # baseline's graph prior is fitted now; assemble.py has done it for the student.
     model = models.build(target, role)
-    start = config[role].get("start") if role in ("teacher", "student") else None
-    if role == "teacher" and start:
-        models.load_state(model, models.weights_in(start), start, new_head=True)
-        models.say(process, f"teacher: {start} with a fresh classifier")
+    if role in ("teacher", "student") and config[role]["start"]:
+        models.say(process, models.load_start(model, config, role))
     elif role in ("teacher", "student"):
-        models.load_weights(model, start or models.needed(config, f"assemble_{role}", f"{role}_assembled.pt"))
+        models.load_weights(model, models.needed(config, f"assemble_{role}", f"{role}_assembled.pt"))
     elif role.startswith("baseline"):
         models.say(process, models.fit_graph_prior(model, config))
     models.set_drop_path(model, models.schedule(config, role)["drop_path"])

@@ -1076,10 +1076,13 @@ class Vit:
     moe_blocks: list[int] | None = None  # which blocks have experts; null: all
     balance: float = 0.0  # weight of V-MoE's importance + load loss; .01 in V-MoE, 0 in m2mKD
     capacity: float = 0.0  # V-MoE's capacity factor in training; 0: no limit
+
+
+class Meta(Vit):
     checkpoint: str | None = None  # weights from elsewhere: FILE, FILE#KEY (an entry), a folder of modules
 
 
-class Teacher(Vit):
+class Teacher(Meta):
     start: str | None = None  # a pretrained ViT to fine-tune with a new classifier, instead of modules
 
 
@@ -1147,7 +1150,7 @@ class FewShot:
 
 # `target` is where the assembled student and its baselines train and are tested, if not on `data`: what is
 # not null there stands in for the same key of data. (Tiny-ImageNet students are distilled on ImageNet.)
-BLOCKS = {"": Run, "data.": data.Data, "target.": data.Data, "meta.": Vit, "teacher.": Teacher,
+BLOCKS = {"": Run, "data.": data.Data, "target.": data.Data, "meta.": Meta, "teacher.": Teacher,
           "student.": Student, "distill.": Distill, "assemble.": Assemble, "few_shot.": FewShot,
           "train.student.": TrainStudent}
 BLOCKS |= {f"train.{stage}.": Train for stage in ("meta", "incubate", "teacher", "distill")}
@@ -1290,9 +1293,11 @@ def check_fit(c):
         modules, mediators = student["propagators"] + 2, student["latents"][1]
         require(modules == L, f"student.propagators={modules - 2} makes {modules} modules, meta.depths {L}.")
         require(student["width"] % 4 == 0, f"student.width={student['width']} is not a multiple of 4.")
-        for key, n in (("graph_m", graph["graph_m"] + 1), ("graph_groups", 2 * graph["graph_groups"]),
-                       ("block_groups", 2 * c["train"]["student"]["block_groups"])):
-            fits_in = n <= mediators or graph["graph"] == "none"
+        groups = ("planted_partition", "ring_of_cliques")
+        for key, n, graphs in (("graph_m", graph["graph_m"] + 1, ("scale_free",)),
+                               ("graph_groups", 2 * graph["graph_groups"], groups),
+                               ("block_groups", 2 * c["train"]["student"]["block_groups"], groups[:1])):
+            fits_in = n <= mediators or graph["graph"] not in graphs
             require(fits_in, f"{key} is too large for the {mediators} mediators of student.latents.")
     for role, n in stride.items():
         for size in (c["data"]["image_size"], on_target(c, role)["data"]["image_size"]):
@@ -1423,22 +1428,22 @@ def load(path):
     return model.eval()
 
 
-def load_weights(model, path):
+def load_weights(model, path, keep=()):
     """Reads a whole model's (or one module's) weights into `model`: our own file or other people's formats.
 
     timm / DeiT state dicts, Deep Incubation's files, the original's V-MoE, NAC and single modules; for a ViT
-    also a folder with one file a module. A ViT's position grid of another image size is resized. Raises
-    UserError naming the first tensor that is missing, unexpected or of another shape, and changes nothing.
+    also a folder with one file per module. A ViT's position grid of another image size is resized; tensors
+    whose names start with one of `keep` stay the model's own. Raises UserError naming the first tensor that
+    is missing, unexpected or of another shape, and changes nothing.
     """
-    load_state(model, join_modules(model, path) if Path(path).is_dir() else weights_in(path), path)
+    load_state(model, join_modules(model, path) if Path(path).is_dir() else weights_in(path), path, keep)
 
 
-def load_state(model, state, path, new_head=False):
-    """Loads a state dict of any naming into `model`; with new_head the classifier stays. See load_weights."""
+def load_state(model, state, path, keep=()):
+    """Loads a state dict of any naming into `model`. See load_weights."""
     state, own = translate(state, model), model.state_dict()
-    if new_head:
-        state = {name: value for name, value in state.items() if not name.startswith("head.")}
-        state |= {name: value for name, value in own.items() if name.startswith("head.")}
+    state = {name: value for name, value in state.items() if not name.startswith(keep)}
+    state |= {name: value for name, value in own.items() if name.startswith(keep)}
     if "pos_embed" in own and "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], own["pos_embed"].shape[1])
     for name, value in own.items():
@@ -1457,6 +1462,24 @@ def load_state(model, state, path, new_head=False):
             raise UserError(f"{path}: the tensor {name} is of {tensor.dtype}, the model's of {value.dtype}.")
     if not any(tensor.is_meta for tensor in own.values()):  # check_inputs only wants to know whether it fits
         model.load_state_dict(state)
+
+
+NEW_HEAD = ("head.", "pool.to_logits.")  # a ViT's classifier, a NAC's
+
+
+def load_start(model, config, role):
+    """Reads teacher.start, whose classifier stays fresh, or student.start -> a line to print.
+
+    A student comes from `data` or from `target`: if its classifier or position grid does not fit, a fresh one
+    stays.
+    """
+    path, own = config[role]["start"], model.state_dict()
+    state, on = translate(weights_in(path), model), on_target(config, role)["data"] != config["data"]
+    keep = [name for name in own if name.startswith(NEW_HEAD) and role == "teacher"
+            or on and name.startswith((*NEW_HEAD, "tokenizer.grid")) and name in state
+            and state[name].shape != own[name].shape]
+    load_state(model, state, path, tuple(keep))
+    return f"{role}: from {path}; fresh tensors: {', '.join(keep) or 'none'}"
 
 
 def weights_in(path):
@@ -1530,8 +1553,8 @@ def check_inputs(config, dry=False):
             modules = cut(empty(config, role), config, role)
             for module, file in zip(modules, module_files(path, len(modules))):
                 load_weights(module, file)
-        elif key == "teacher.start":
-            load_state(empty(config, role), weights_in(path), path, new_head=True)
+        elif key.endswith("start"):
+            load_start(empty(on_target(config, role), role), config, role)
         else:
             load_weights(empty(on_target(config, role), role), path)
     check_sets(config, dry)
@@ -1539,8 +1562,10 @@ def check_inputs(config, dry=False):
 
 def check_sets(config, dry=False):
     """Lists every set that will be evaluated, so that what is wrong with one is said before training."""
-    if config["few_shot"]["set"] == "folder":
-        data.unseen(config["few_shot"])
+    few = config["few_shot"]
+    if few["set"] not in (None, *data.DRAWN) and (not dry or os.path.isdir(few["root"])):
+        shots, labels = max(few["shots"]), data.few_shot_set(config).labels.numpy()
+        data.episodes(labels, few["ways"], shots, 3 * shots, 1, 0)
     for c in (config, on_target(config, "student")):
         files = c["data"]["set"] not in data.DRAWN and (not dry or os.path.isdir(c["data"]["root"]))
         for name in ["test"] * files + [name for name in c["data"]["robustness"] if name != "renditions"]:
@@ -1633,7 +1658,7 @@ GIVEN = ("meta.checkpoint", "teacher.checkpoint", "teacher.start", "student.modu
 def given(config):
     """{key: path} of the weights from elsewhere that a config names."""
     flat = flatten(config)
-    return {key: flat[key] for key in GIVEN if flat[key]}
+    return {key: flat[key] for key in GIVEN if flat.get(key)}
 
 
 @functools.cache
@@ -1745,19 +1770,19 @@ def announce(process, text):
 def stages(config):
     """What run.sh runs, in order, without the stages that make what is given: (script, role, stage)."""
     known, taught = given(config), not (config["student"]["start"] or config["student"]["modules"])
-    frozen = taught or config["train"]["student"]["alpha"] > 0  # whether meta model and teacher have a use
-    incubated = frozen and not known.keys() & {"teacher.checkpoint", "teacher.start"}
-    needed = [
-        ("finetune.py", "meta", "meta", frozen and "meta.checkpoint" not in known),
+    useful = taught or config["train"]["student"]["alpha"] > 0  # whether meta model and teacher have a use
+    incubated = useful and not known.keys() & {"teacher.checkpoint", "teacher.start"}
+    every = [
+        ("finetune.py", "meta", "meta", useful and "meta.checkpoint" not in known),
         ("distill_module.py", "teacher", "incubate", incubated),
         ("assemble.py", "teacher", "assemble_teacher", incubated),
-        ("finetune.py", "teacher", "teacher", frozen and "teacher.checkpoint" not in known),
+        ("finetune.py", "teacher", "teacher", useful and "teacher.checkpoint" not in known),
         ("distill_module.py", "student", "distill", taught),
         ("assemble.py", "student", "assemble_student", "student.start" not in known),
         ("finetune.py", "student", "student", True),
         ("finetune.py", "baseline", "baseline", True),
     ]
-    return [stage[:3] for stage in needed if stage[3]]
+    return [stage[:3] for stage in every if stage[3]]
 
 
 # ---------- Stage: what every training loop does besides its loss
@@ -1815,6 +1840,9 @@ class Stage:
     def resume(self):
         """Loads what a run that was cut off had reached -> its step. Raises UserError on other settings."""
         saved = read(self.path, whole=self.process.rank == 0)
+        if (before := saved["settings"]["processes"]) != self.process.world:
+            raise UserError(f"{self.path} was begun with {before} processes: go on with as many, "
+                            "or remove it.")
         compare(saved["settings"], self.settings, self.path, self.config)
         for i, module in self.modules.items():
             if i not in saved["modules"]:
@@ -2037,6 +2065,8 @@ def append(path, lines):
 
 def dry_run(config):
     """Builds every model of the config without weights and prints what each stage trains and takes."""
+    if int(os.environ.get("RANK", 0)):
+        return
     check_inputs(config, dry=True)
     world = int(os.environ.get("WORLD_SIZE", 1))
     print("stage     parameters     images epochs     steps batch  learning rate     state GiB       TMAC"
@@ -2105,10 +2135,9 @@ def cost(config, stage, only=()):
         state = 16 * parameters + 4 * sum(p.numel() for model in frozen for p in model.parameters())
         modules = [dense(whole)] if alone else cut(dense(whole), c, role)
         meta, teacher, places = dense(meta), dense(teacher).requires_grad_(False), only or range(len(modules))
-        # Of one image and of two: what codes and signatures alone give does not grow with the batch.
-        one, two = one_step(1), one_step(2)
+        step = one_step(s["batch"])
     batches = images_of(config, stage) // (s["batch"] * s["accumulate"]) * s["accumulate"]
-    return parameters, state, batches * (one + (s["batch"] - 1) * (two - one))
+    return parameters, state, batches * step
 
 
 def convolution_backward(out, x, weight, *rest, out_shape):

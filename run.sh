@@ -20,7 +20,7 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000} MALLOC_TOP_P
 # torchrun kills what still runs 30 s after SIGTERM. Writing the checkpoint of a large model takes about as long.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
-for word in "$@"; do [ "$word" != --dry-run ] || exec "$python" "$here/finetune.py" --config "$config" "$@"; done
+for word in "$@"; do [ "$word" != --dry-run ] || exec $launch "$here/finetune.py" --config "$config" "$@"; done
 
 # Given weights are looked at first, and the stages that would make them are left out.
 stages=$("$python" -c "import sys; sys.path.insert(0, '$here'); import models

@@ -110,7 +110,7 @@ BAD_OVERRIDES = [
     ("student.propagators=2", "student.propagators=2"), ("student.width=18", "student.width=18"),
     ("student.latents=[4, 16]", "student.latents"), ("student.latents=[4, 0, 2]", "student.latents"),
     ("student.tokenizer_stages=4", "student.tokenizer_stages"), ("assemble.graph=ring", "ring_of_cliques"),
-    (["assemble.graph=scale_free", "assemble.graph_groups=9"], "graph_groups"),
+    (["assemble.graph=ring_of_cliques", "assemble.graph_groups=9"], "graph_groups"),
     (["assemble.graph=scale_free", "assemble.graph_m=16"], "graph_m"),
     ("distill.alpha=1.01", ["distill.alpha=1.01", "0 to 1"]), ("distill.tau=0", "distill.tau"),
     ("distill.kind=medium", ["soft", "hard"]), ("distill.reduction=sum", ["batchmean", "mean"]),

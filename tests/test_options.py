@@ -115,6 +115,23 @@ def test_a_student_is_finetuned_from_any_weights_in_place_of_assembled_modules(t
     assert "none.pt" in text.splitlines()[-1] and "Traceback" not in text, text
 
 
+@pytest.mark.parametrize("kind, fresh", [
+    ("nac", "tokenizer.grid, pool.to_logits.weight, pool.to_logits.bias"),
+    ("vmoe", "head.weight, head.bias")])
+def test_a_whole_student_is_carried_to_other_classes_and_another_size(tmp_path, kind, fresh):
+    path = write_config(tmp_path, kind, data=PLAIN)
+    run("finetune", path, "role=baseline")
+    words = [f"student.start={tmp_path / 'run/baseline.pt'}", "train.student.epochs=0"]
+    other = ["target.image_size=24", "target.classes=3", f"output_dir={tmp_path / 'other'}"]
+    assert f"fresh tensors: {fresh}\n" in run("finetune", path, *words, *other)
+    old, new = (models.read(tmp_path / f)["model"] for f in ("run/baseline.pt", "other/student.pt"))
+    same = [name for name in old if old[name].shape == new[name].shape and torch.equal(old[name], new[name])]
+    assert set(old) - set(same) <= {*fresh.split(", "), "pos_embed"}
+    # On its own set a student of other sizes is refused.
+    text = run("finetune", path, *words, "data.classes=3", f"output_dir={tmp_path / 'no'}", expect=2)
+    assert "baseline.pt" in text
+
+
 def test_assembly_calls_fresh_what_no_module_has_taught_and_folded_stitches_are_taught(tmp_path):
     path = write_config(tmp_path, "nac")
     words = ["train.*.epochs=0", "distill.alpha=0", "assemble.stitches=fold"]

@@ -14,6 +14,7 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 
 import data
@@ -229,3 +230,44 @@ def test_a_changed_setting_is_answered_with_the_command_that_keeps_the_other_sta
     text = run("finetune", path, "role=meta", "train.meta.lr=0.5", expect=2)
     assert "train.meta.lr was 0.05" in text and "now it is 0.5" in text
     assert f"share={tmp_path / 'run'}" in text
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Said before it costs time
+
+
+def test_a_few_shot_set_that_cannot_serve_is_named_before_training(tmp_path):
+    folder_set(tmp_path / "few", count=3)
+    words = ["few_shot.set=folder", f"few_shot.root={tmp_path / 'few'}", "few_shot.ways=4",
+             "few_shot.shots=[1]"]
+    path = write_config(tmp_path)
+    text = run("finetune", path, "role=meta", *words, expect=2)
+    assert "few_shot.ways=4" in text and not (tmp_path / "run/meta.pt").exists()
+    text = run("finetune", path, "role=meta", "few_shot.set=cub", f"few_shot.root={tmp_path}", expect=2)
+    assert "CUB-200-2011" in text
+
+
+def test_going_on_with_another_number_of_processes_names_the_right_one(tmp_path):
+    path = write_config(tmp_path)
+    words = ["role=meta", "train.meta.epochs=1"]
+    run("finetune", path, *words, before=lambda: setattr(models.Stage, "finish", lambda stage: None))
+    text = run("finetune", path, *words, before=lambda: setattr(
+        data, "setup", lambda device: data.Setup(torch.device("cpu"), 0, 2)), expect=2)
+    assert "was begun with 1 processes" in text
+
+
+def test_a_dry_run_counts_the_launchers_processes(tmp_path):
+    path = write_config(tmp_path)
+    env = {"LAUNCH": f"env WORLD_SIZE=2 RANK=0 {sys.executable}"}
+    one, two = (shell("bash", "run.sh", path, "--dry-run", env=more) for more in ({}, env))
+    assert one.returncode == two.returncode == 0 and one.stdout != two.stdout
+    assert not shell("bash", "run.sh", path, "--dry-run", env={**env, "LAUNCH": env["LAUNCH"].replace(
+        "RANK=0", "RANK=1")}).stdout
+
+
+def test_an_evaluation_leaves_the_config_that_the_run_was_trained_with(tmp_path):
+    path = write_config(tmp_path)
+    run("finetune", path, "role=meta")
+    before = (tmp_path / "run/config.yaml").read_bytes()
+    run("evaluate", path, "role=meta", "data.test_images=7")
+    assert (tmp_path / "run/config.yaml").read_bytes() == before
