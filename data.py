@@ -67,8 +67,7 @@ class Data:
     smoothing: Annotated[float, 0, 0.999] = 0.0  # this much of a label is spread over all classes
     repeats: Annotated[int, 1, 100] = 1  # repeated augmentation: views of an image in an epoch
     workers: Annotated[int, 0, 256] = 4  # data-loader workers per process, at most one a core
-    # Subtracted from and divided by. null: what a given checkpoint tells, else ImageNet's; timm often wants
-    # half.
+    # Of the three channels. null: what a given checkpoint tells, else ImageNet's; timm often wants `half`.
     mean: Literal["imagenet", "half"] | tuple[Share, Share, Share] | None = None
     std: Literal["imagenet", "half"] | tuple[Share, Share, Share] | None = None
 
@@ -98,7 +97,7 @@ def setup(device="auto"):
     if not works[device]:
         raise UserError(f"device={device} does not work on this machine; use device=auto or device=cpu.")
     if device == "cuda":
-        # One GPU a process; LOCAL_RANK counts the processes of one machine.
+        # One GPU per process; LOCAL_RANK counts the processes of one machine.
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
             raise UserError(f"more processes were started than this machine has GPUs, "
@@ -204,8 +203,8 @@ def load(config, split, stage=None):
         order = order[rest:] if split == "validation" else order[:rest][:count or None]
     if split == "validation" or stage is None:
         return pool.take(order)
-    # A range of what is shuffled already: stages whose ranges do not overlap share no image, stages with
-    # equal ranges see the same (few labeled images here, many there). Several passes are so many copies.
+    # A slice of the shuffled training set: disjoint slices share no image, equal slices are equal (few
+    # labeled images here, many there). Several passes are so many copies.
     settings = config["train"][stage]
     first, stop = settings["images"] or (0, len(order))
     if not first < stop <= len(order):
@@ -266,7 +265,7 @@ def _on_device(values, device):
 
 
 def steps_per_epoch(length, batch, world, accumulate, stage="<stage>"):
-    """Optimizer steps in an epoch. What does not fill a last global batch waits for another epoch's order."""
+    """Optimizer steps in an epoch. The incomplete last batch is dropped; each epoch is shuffled anew."""
     steps = length // (batch * world * accumulate)
     if not steps:
         raise UserError(f"train.{stage}.batch={batch} x {world} processes x accumulate={accumulate} is more "
@@ -771,7 +770,7 @@ def _class_folders(folder):
     """The sorted names of the folders in a folder, at least two: a flat folder of images is no set."""
     names = _subfolders(folder) if folder.is_dir() else []
     if len(names) < 2:
-        raise UserError(f"{folder} holds {len(names)} class folders; sort images into one folder a class, "
+        raise UserError(f"{folder} holds {len(names)} class folders; sort images into one folder per class, "
                         "and set data.root to the folder above it.")
     return names
 

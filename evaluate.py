@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import data
 import models
 
-# role: the stages whose cost is the model's own, and those that come before it
+# role: (stages that train it, stages that it needs first)
 STAGES = {"student": (["distill", "student"], ["meta", "incubate", "teacher"]), "meta": (["meta"], []),
           "teacher": (["incubate", "teacher"], ["meta"]), "baseline": (["baseline"], []),
           "baseline_kd": (["baseline_kd"], ["meta", "incubate", "teacher"])}
@@ -181,7 +181,7 @@ def linear_probe(support, query, ways):
     return torch.stack([hits[..., 0], hits.any(-1)], dim=-1)
 
 
-# ---------- Report: a row a model and run name, over seeds
+# ---------- Report: a row per model and run name, over seeds
 
 
 def keep(path, result):

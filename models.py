@@ -63,7 +63,7 @@ class DropPath(nn.Module):
     def forward(self, x):  # B … -> B …
         if not self.training or self.rate == 0:
             return x
-        # One draw a sample, for all of its tokens. 1 / (1 − rate) keeps the expected branch.
+        # One draw per sample, for all of its tokens. 1 / (1 − rate) keeps the expected branch.
         keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
         return x * (keep / (1 - self.rate)).to(x.dtype)
 
@@ -322,7 +322,7 @@ class ModFC(nn.Module):
         return 1 + self.gain * F.layer_norm(scale, scale.shape[-1:])
 
     def forward(self, x, codes):
-        # All latents share W. The code says which of its inputs count: σ is a vector a latent, not a matrix.
+        # All latents share W. The code says which of its inputs count: σ is a vector per latent, no matrix.
         return F.linear(x * self.sigma(codes), self.weight, self.bias)
 
 
@@ -542,7 +542,7 @@ def log_kernel(delta, bandwidth, truncate=True, sample=0):
     In training K is taken as the probability of a link, and each sample of the batch draws links of its own.
     """
     # A truncated pair sends no gradient to the signatures. The division of K by its sum over senders is left
-    # out, because the softmax of the attention ignores a constant a row.
+    # out, because the softmax of the attention ignores a constant per row.
     cut = delta.detach() > TRUNCATION if truncate else None
     if not sample:
         logs = -delta / bandwidth
@@ -645,7 +645,7 @@ class NAC(nn.Module):
         # The senders are the same in all rounds: input latents and mediators.
         sender_codes = torch.cat([inputs.codes, mediators.codes])  # V C, V = U_in + U
         signatures = torch.cat([inputs.signatures, mediators.signatures])  # V S
-        # Stitch j stands after module j. Where they were dropped each next() is the identity.
+        # Stitch j stands after module j. Of dropped ones there are none, and next() gives the identity.
         B, stitch = images.shape[0], iter(self.stitches)
 
         # The image is read once, by the input latents; their states stay as they are from then on.
@@ -760,7 +760,7 @@ def match_rows(cost, capacity):
             best, low = via.argmin(0), via.min(0)
             better = low < reach - 1e-12
             reach, before = np.where(better, low, reach), np.where(better, best, before)
-        # One row a group moves along the cheapest path, from its end back to its start.
+        # One row per group moves along the cheapest path, from its end back to its start.
         b = np.where(room > 0, reach, np.inf).argmin()
         room[b] -= 1
         while before[b] >= 0:
@@ -855,7 +855,7 @@ class NACModule(nn.Module):
             self.propagator = nac.propagators[i - 1]
             if i == 1 and own:
                 listeners, stand_in = nac.mediator_latents, nac.input_latents
-        # Without kernel β has no part in the loss: it does not learn here, and is not counted.
+        # No kernel, so β gets no gradient: it is frozen, and not counted as trainable.
         if i:
             (self.read_out if i == last else self.propagator).attention.bandwidth.requires_grad_(False)
 
@@ -878,7 +878,7 @@ class NACModule(nn.Module):
 
     def forward(self, x):
         if self.kind != "read_in":
-            # One code a token, from the first again where tokens are more than codes.
+            # One code per token, from the first again where tokens are more than codes.
             n = torch.arange(x.shape[1], device=x.device)
             token_codes = self.token_codes[n % len(self.token_codes)]  # N C
         if self.codes is None:
@@ -1054,7 +1054,7 @@ def set_drop_path(model, rate):
 class Run:
     seed: int = 0  # everything random is a function of it
     output_dir: str | None = None  # null: runs/<name of the config>
-    share: list[str] | str | None = None  # other runs' folders: what is finished there is taken
+    share: list[str] | str | None = None  # other runs' folders, whose finished stages are taken
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs that have it
     compile: bool = False  # torch.compile of what is trained: worth its minutes on a GPU only
@@ -1088,7 +1088,7 @@ class Teacher(Meta):
 
 class Student(Vit):  # width, heads and mlp_ratio also serve a NAC
     kind: Literal["nac", "vmoe"] = "nac"
-    modules: str | None = None  # a folder with a file a module, in place of all stages before assembly
+    modules: str | None = None  # a folder with a file per module, in place of all stages before assembly
     start: str | None = None  # weights to fine-tune in place of the assembled modules
     latents: tuple[Count, Count, Count] = [16, 32, 4]  # input, mediator, output
     propagators: Annotated[int, 1, 1000] = 1  # L = propagators + 2
@@ -1144,7 +1144,7 @@ class FewShot:
     root: str = ""
     images: int = 0  # of its test split; 0: all
     ways: Annotated[int, 2, 10**6] = 8  # classes of an episode
-    shots: list[Count] = [1, 5]  # labeled images a class; three times as many are asked
+    shots: list[Count] = [1, 5]  # labeled images per class; three times as many are asked
     episodes: Annotated[int, 2, 10**6] = 200  # over which mean and interval are taken
 
 
@@ -1528,7 +1528,7 @@ def module_files(folder, count):
 
 
 def join_modules(model, folder):
-    """The state dict of a whole ViT from a folder with a file a module, with blocks numbered from 0."""
+    """The state dict of a whole ViT from a folder with a file per module, with blocks numbered from 0."""
     state, parts, first = {}, getattr(model, "parts", ()), 0
     for part, file in zip(parts, module_files(folder, len(parts))):
         for name, value in weights_in(file).items():
@@ -1607,7 +1607,7 @@ def translate(state, model):
         # Deep Incubation keeps every tensor twice; blocks.* are the plain model.
         if isinstance(model, NAC) or not name.startswith("stages."):
             out[name] = value
-    # one tensor an expert, htoh4 (1, H, D) -> all experts in one, fc1 (E, H, D)
+    # one tensor per expert, htoh4 (1, H, D) -> all experts in one, fc1 (E, H, D)
     for name in [name for name in out if ".moe.experts.0." in name]:
         rows, ours = [], name.replace("experts.0.htoh4.", "fc1_").replace("experts.0.h4toh.", "fc2_")
         while (one := name.replace(".experts.0.", f".experts.{len(rows)}.")) in out:
@@ -1648,7 +1648,7 @@ MADE_FROM["student"] = MADE_FROM["assemble_student"] + ["train.student", "studen
 MADE_FROM["baseline"] = ["seed", "precision", "data", "target", "student", "assemble", "train.student",
                          "train.baseline_epochs"]
 MADE_FROM["baseline_kd"] = MADE_FROM["teacher"] + MADE_FROM["baseline"] + ["distill"]
-# What changes no result, and what only the stage that names it uses.
+# Keys that change no result; start and modules count for the stages that name them.
 LEFT_OUT = re.compile(r"(data|target)\.(root|workers|test_images|robustness)$|student\.(start|modules)$")
 
 
@@ -2034,7 +2034,7 @@ def autocast(config, device):
 
 
 def log_extras(module):
-    """For the log: each expert's share of the last batch's tokens, a row a mixture; a NAC's linked pairs."""
+    """For the log: each expert's share of the last batch's tokens, a row per mixture; or linked pairs."""
     load = [[round(share, 3) for share in m.load.tolist()] for m in module.modules() if isinstance(m, MoE)]
     linked = {"linked": linked_pairs(module)} if isinstance(module, NAC) else {}
     return {"expert_load": load} if load else linked

@@ -282,7 +282,7 @@ def test_wrong_folders_are_refused_with_the_folder_named(tmp_path):
         data.load(config, "train")
     make_folders(tmp_path, "train", ["a", "b"])
     save_image(tmp_path / "val" / "flat.png")
-    with pytest.raises(UserError, match="val holds 0 class folders; sort images into one folder a class"):
+    with pytest.raises(UserError, match="val holds 0 class folders; sort images into one folder per class"):
         data.load(config, "test")
     make_folders(tmp_path, "val", ["a", "c"])
     with pytest.raises(UserError, match="'b'"):

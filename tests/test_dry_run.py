@@ -2,7 +2,7 @@
 
   - nothing is allocated, and the table's numbers are those of the run that follows;
   - multiply-adds of an epoch are those computed by hand;
-  - a teacher may be a folder with one file a module; one that does not fit the meta model is warned about.
+  - a teacher may be a folder with one file per module; one that does not fit the meta model is warned about.
 """
 
 import json
@@ -146,7 +146,7 @@ def test_a_depthwise_convolution_costs_each_channel_its_own_filter():
     assert counter.get_total_flops() / 2 == trained(2 * 10 * 10 * 8 * 7 * 7)
 
 
-# ---------- A teacher as a folder with one file a module
+# ---------- A teacher as a folder with one file per module
 
 
 def write_modules(folder, teacher, original):

@@ -294,7 +294,7 @@ def v_moe(experts=2):
 
 
 def test_experts_of_another_number_or_shape_are_named(tmp_path):
-    """The original has a tensor an expert, htoh4 (1, H, D) and h4toh (1, D, H); ours are stacked."""
+    """The original has a tensor per expert, htoh4 (1, H, D) and h4toh (1, D, H); ours are stacked."""
     model, state = v_moe(), v_moe().state_dict()
     for ours, theirs in (("fc1", "htoh4"), ("fc2", "h4toh")):
         for kind in ("weight", "bias"):

@@ -628,7 +628,7 @@ def test_only_a_finished_whole_model_is_loaded(tmp_path):
 def test_learning_rate_by_hand():
     c = dict(lr=1e-3, min_lr=1e-5, scale_min_lr=False, warmup=2, epochs=10)
 
-    def rate(step, c=c):  # 5 steps an epoch; peak 1e-3 · 1024/512
+    def rate(step, c=c):  # 5 steps per epoch; peak 1e-3 · 1024/512
         return models.learning_rate(step, 5, c, total_batch=1024)
 
     assert rate(0) == 1e-6
