@@ -34,7 +34,7 @@ meta_and_teacher() {  # what students of one seed share
 
 # results.md, "Glyphs" and "Accuracy against the length of fine-tuning"
 glyphs() {
-  local seed kind base run shared paper lengths epochs
+  local seed kind base run shared paper lengths
   for seed in 30 31 32 33 34 35 36 37 38 39; do for kind in nac vmoe; do
     # Meta model and teacher are trained once a seed, in the NAC's run, and shared with the V-MoE.
     base=runs/demo_nac-s$seed  run=runs/demo_$kind-s$seed
@@ -48,7 +48,10 @@ glyphs() {
     # A V-MoE's codes and stitches need no change to be as published.
     if [ $kind = nac ]; then paper="distill.codes=original assemble.stitches=drop"; else paper=; fi
     student $shared output_dir=$run-paper distill.reduction=mean $paper
-    case $kind in nac) lengths="3 12 24 48";; vmoe) lengths="4 16 32 64";; esac
+    case $kind,$seed in
+      nac,3[0-2]) lengths="3 12 24 48";; nac,*) lengths="12 24";;
+      vmoe,3[0-2]) lengths="4 16 32 64";; vmoe,*) lengths="16 32";;
+    esac
     curve "$shared" $run $base $lengths
   done; done
 }
@@ -62,7 +65,22 @@ curve() {  # the same students, fine-tuned for other numbers of epochs, and end 
   done
 }
 
-# results.md, "Fashion-MNIST" and "Accuracy against the length of fine-tuning"
+# results.md, "Whose gain is it?", after glyphs
+transfer() {
+  local seed kind base run to drop epochs
+  for seed in 30 31 32 33 34; do for kind in nac vmoe; do
+    base=runs/demo_nac-s$seed  run=runs/demo_$kind-s$seed  to=runs/transfer_$kind-s$seed
+    shared="--config configs/transfer_$kind.yaml seed=$seed"
+    # A baseline has no stitches, so the student that starts from its weights has none either.
+    case $kind in nac) drop=assemble.stitches=drop epochs=24;; vmoe) drop= epochs=32;; esac
+    student $shared "share=[$run,$base]" output_dir=$to
+    whole $shared output_dir=$to role=baseline
+    student $shared "share=[$run-alpha0,$base]" output_dir=$to-alpha0 distill.alpha=0
+    whole $shared output_dir=$to-pretrained student.start=$run-b$epochs/baseline.pt $drop
+  done; done
+}
+
+# results.md, "Fashion-MNIST" and "Accuracy against cost"
 fashion() {
   local seed kind base run shared paper longer epochs
   for seed in 3 4 5 6 7; do for kind in nac vmoe; do
@@ -77,7 +95,6 @@ fashion() {
     student $shared output_dir=$run-alpha0 distill.alpha=0
     student $shared output_dir=$run-paper distill.reduction=mean $paper
     whole $shared output_dir=$run-total role=baseline train.baseline_epochs=$longer
-    # Table "Accuracy against cost": other budgets
     [ $kind = vmoe ] || continue
     for epochs in 6 12; do
       whole $shared output_dir=$run-b$epochs role=baseline train.baseline_epochs=$epochs
@@ -85,7 +102,6 @@ fashion() {
     for epochs in 1 6; do
       student $shared "share=[$run,$base]" output_dir=$run-f$epochs train.student.epochs=$epochs
     done
-    curve "$shared" $run $base 6 12 24 48
   done; done
 }
 
@@ -172,54 +188,63 @@ END
   done
 }
 
-# results.md, "Inside the student", after glyphs. A line: the student, a name, the change.
-# The row with new codes at every step is not here, because its option was removed after commit 9494a46.
+# results.md, "Inside the student": the demos as they were, with fewer epochs. A line: the student, a name, the
+# change. The row with new codes at every step is not here: its option was removed after commit 9494a46.
 inside() {
-  local seed kind name change run
+  local seed kind name change base former
   for seed in 3 4 5 6 7; do
+    base=runs/former-s$seed
+    meta_and_teacher --config configs/demo_vmoe.yaml seed=$seed output_dir=$base
     # A teacher that is trained end to end, for -e2et
-    whole --config configs/demo_vmoe.yaml seed=$seed output_dir=runs/demo_e2e-s$seed role=meta \
+    whole --config configs/demo_vmoe.yaml seed=$seed output_dir=runs/former_e2e-s$seed role=meta \
       "meta.depths=[2,2,2]" train.meta.epochs=11
     while read -r -u 3 kind name change; do
-      run=runs/demo_$kind-s$seed
-      student --config configs/demo_$kind.yaml seed=$seed "share=[$run,runs/demo_nac-s$seed]" \
-        output_dir=$run-$name $change
+      case $kind in
+        nac) former="train.distill.epochs=3 train.student.epochs=2";;
+        vmoe) former="train.distill.epochs=6 train.student.epochs=4";;
+      esac
+      mkdir -p runs/former_$kind-s$seed
+      student --config configs/demo_$kind.yaml seed=$seed $former "share=[runs/former_$kind-s$seed,$base]" \
+        output_dir=runs/former_$kind-s$seed${name#config} $change
     done 3<<END
-nac drop assemble.stitches=drop
-nac keep assemble.stitches=keep
-nac original distill.codes=original
-nac hinge train.student.regularizer=0.1
-nac scale_free assemble.graph=scale_free
-nac scale_free-reg assemble.graph=scale_free train.student.regularizer=0.1
-nac planted_partition assemble.graph=planted_partition
-nac planted_partition-reg assemble.graph=planted_partition train.student.regularizer=1
-nac ring_of_cliques assemble.graph=ring_of_cliques
-nac ring_of_cliques-reg assemble.graph=ring_of_cliques train.student.regularizer=0.1
-nac erdos_renyi assemble.graph=erdos_renyi
-nac erdos_renyi-reg assemble.graph=erdos_renyi train.student.regularizer=0.1
-vmoe warmup train.distill.warmup=0.5
-vmoe keep train.distill.warmup=0.5 assemble.stitches=keep
-vmoe balance train.distill.warmup=0.5 student.balance=0.01
-vmoe experts2 train.distill.warmup=0.5 student.experts=2
-vmoe experts8 train.distill.warmup=0.5 student.experts=8
-vmoe e2et train.distill.warmup=0.5 teacher.checkpoint=runs/demo_e2e-s$seed/meta.pt
+nac config
+nac -drop assemble.stitches=drop
+nac -keep assemble.stitches=keep
+nac -original distill.codes=original
+nac -hinge train.student.regularizer=0.1
+nac -scale_free assemble.graph=scale_free
+nac -scale_free-reg assemble.graph=scale_free train.student.regularizer=0.1
+nac -planted_partition assemble.graph=planted_partition
+nac -planted_partition-reg assemble.graph=planted_partition train.student.regularizer=1
+nac -ring_of_cliques assemble.graph=ring_of_cliques
+nac -ring_of_cliques-reg assemble.graph=ring_of_cliques train.student.regularizer=0.1
+nac -erdos_renyi assemble.graph=erdos_renyi
+nac -erdos_renyi-reg assemble.graph=erdos_renyi train.student.regularizer=0.1
+vmoe config
+vmoe -warmup train.distill.warmup=0.5
+vmoe -keep train.distill.warmup=0.5 assemble.stitches=keep
+vmoe -balance train.distill.warmup=0.5 student.balance=0.01
+vmoe -experts2 train.distill.warmup=0.5 student.experts=2
+vmoe -experts8 train.distill.warmup=0.5 student.experts=8
+vmoe -e2et train.distill.warmup=0.5 teacher.checkpoint=runs/former_e2e-s$seed/meta.pt
 END
   done
 }
 
 case $section in
-  glyphs | fashion | few_labels | states | one_thing | inside) "$section" ;;
+  glyphs | transfer | fashion | few_labels | states | one_thing | inside) "$section" ;;
   *)
     cat <<'END'
 bash docs/reproduce.sh SECTION [key=value …]
 
 section           about, on one CPU core
-glyphs            4 hours       m2mKD against its baselines on glyphs, and for other lengths
-fashion           4 hours       the same on Fashion-MNIST
+glyphs            7 hours       m2mKD against its baselines on glyphs, and for other lengths
+transfer          30 minutes    from glyphs to other letters; needs glyphs
+fashion           2 hours       m2mKD against its baselines on Fashion-MNIST
 few_labels        4 hours       500 labels and a teacher of 30,000 others
 states            20 minutes    with the teacher's states; needs few_labels and docs/extend.md's patch
 one_thing         1.5 hours     100 or 2,000 labels, or a teacher of 4,000; needs few_labels
-inside            1.5 hours     codes, stitches, graph priors, experts; needs glyphs
+inside            1.5 hours     codes, stitches, graph priors, experts
 
 Fashion-MNIST is Debian's package dataset-fashion-mnist, or data.root=FOLDER with its four .gz files.
 Mean and standard deviation over seeds: python evaluate.py --report runs/demo_nac-s*
