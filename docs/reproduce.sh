@@ -188,8 +188,8 @@ END
   done
 }
 
-# results.md, "Inside the student": the demos as they were, with fewer epochs. A line: the student, a name, the
-# change. The row with new codes at every step is not here: its option was removed after commit 9494a46.
+# results.md, "Inside the student": the demos as they were, with fewer epochs. A line: the student, a
+# name, the change. The row with new codes at every step is not here: its option was removed after commit 9494a46.
 inside() {
   local seed kind name change base former
   for seed in 3 4 5 6 7; do
@@ -201,7 +201,8 @@ inside() {
     while read -r -u 3 kind name change; do
       case $kind in
         nac) former="train.distill.epochs=3 train.student.epochs=2";;
-        vmoe) former="train.distill.epochs=6 train.student.epochs=4";;
+        vmoe) former="train.distill.epochs=6 train.student.epochs=4 train.distill.lr=0.048"
+              former="$former student.init_std=0.1";;
       esac
       mkdir -p runs/former_$kind-s$seed
       student --config configs/demo_$kind.yaml seed=$seed $former "share=[runs/former_$kind-s$seed,$base]" \
