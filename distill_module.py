@@ -55,14 +55,15 @@ def main():
 
     # The meta model never changes, nor does the teacher. Evaluation mode: no noise but the module's own.
     meta = models.frozen(config, "meta", process)
-    # M with its own M_0 in place 0 is M: its accuracy alone.
+    # M alone, as M with its own M_0. A hybrid below `low` does not work; an M near chance tells nothing.
     alone = accuracy(meta, {0: meta.parts[0]}, validation, config, process)[0]
+    low = alone / 2 if alone > 200 / config["data"]["classes"] else 0
     teacher = models.frozen(config, "teacher", process) if alpha else None
     if teacher:
-        # Far below M alone, T does not fit this M (if M knows anything); above it, T has something to add.
+        # Far below M alone, T does not fit this M; above it, T has something to add.
         hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process)
         models.say(process, f"validation: meta model {alone} %, teacher hybrids {[*hybrids.values()]} %")
-        if min(hybrids.values()) < alone / 2 and alone > 200 / config["data"]["classes"]:
+        if min(hybrids.values()) < low:
             models.say(process, "warning: the teacher does not fit this meta model: was it incubated in it?")
     # Cut from one whole model, modules start as they would in it. But no parameter that learns belongs to
     # two of them, and each has an optimizer of its own: training all in one pass is training each alone.
@@ -100,9 +101,8 @@ def main():
         hybrids = accuracy(meta, students, validation, config, process)
         stage.end_epoch(hybrids)
     for i, top1 in hybrids.items():
-        if top1 < alone / 2:
-            models.say(process, f"module {i}'s hybrid ends at {top1} %, the meta model alone {alone} %: "
-                       f"train it longer (train.{name}.epochs)")
+        if top1 < low:
+            models.say(process, f"module {i}'s hybrid ends at {top1} %, M alone at {alone} %: train it longer")
     stage.finish()
 
 
