@@ -102,7 +102,7 @@ def main():
         stage.end_epoch(hybrids)
     for i, top1 in hybrids.items():
         if top1 < low:
-            models.say(process, f"module {i}'s hybrid ends at {top1} %, M alone at {alone} %: train it longer")
+            models.say(process, f"module {i}'s hybrid ends at {top1} %, M at {alone} %: train it longer")
     stage.finish()
 
 
