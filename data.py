@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import zlib
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -735,8 +736,8 @@ def _fashion_mnist(options, part):
 def _root(options):
     root = Path(options["root"])
     if not options["root"] or not root.is_dir():
-        raise UserError(f"data.root={options['root']!r} is not a folder; set it to the folder of "
-                        f"{options['set']}.")
+        what = "train/<class>/*" if options["set"] == "folder" else options["set"]
+        raise UserError(f"data.root={options['root']!r} is not a folder; set it to one that holds {what}.")
     return root
 
 
@@ -755,6 +756,8 @@ def _folders(options, part):
         if (test / "val_annotations.txt").is_file() and any(path.is_file() for path in flat.iterdir()):
             return _annotated(test / "val_annotations.txt", flat, names)
         test = flat if _subfolders(flat) else test
+    if not test.is_dir():
+        raise UserError(f"{root} has no {test.name}/<class>/* for the test accuracy.")
     found = [name for name in _class_folders(test) if name != "images" or name in names]
     if odd := sorted(set(found) ^ set(names)):
         raise UserError(f"{test} and {root / 'train'} must hold the same class folders, but only one of them "
@@ -799,7 +802,7 @@ def _read_folders(folder, found, names, complete=True):
 def _note(text):
     """Prints a line once, on the first process."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _annotated(path, folder, names):

@@ -135,7 +135,7 @@ def few_shot(model, config, process):
         top1, top5 = accuracy.mean(0).tolist()
         # 95 % interval of a mean: ± 1.96 σ / √episodes. It is about the draw of episodes, not about training.
         interval = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
-        name = Path(f["root"]).name if f["set"] == "folder" else f["set"]
+        name = f["root"] if f["set"] == "folder" else f["set"]
         yield {"set": f"few-shot {name} {shots}-shot {f['ways']}-way", "top1": top1, "top5": top5,
                "images": len(images), "ci95": interval, "episodes": len(accuracy)}
 
@@ -226,7 +226,7 @@ def report(folders):
     """
     if not folders:
         raise models.UserError("--report needs the folders of runs.")
-    rows, made = {}, {}  # (name, role): {seed: {column: value}}; name: the settings of its runs
+    rows, made, seen = {}, {}, {}  # (name, role): {seed: {column: value}}; name: its runs' settings
     for folder in map(Path, folders):
         results, config = read_results(folder / "results.json"), read_config(folder)
         if not results:
@@ -235,6 +235,8 @@ def report(folders):
         settings = models.settings(config, "student")
         settings = {k: v for k, v in settings.items() if k != "seed" and k not in models.GIVEN}
         models.compare(made.setdefault(name, settings), settings, f"another run named {name}", config)
+        if (other := seen.setdefault((name, seed), folder)) != folder:
+            raise models.UserError(f"{folder} and {other} have the same name and seed; rename one of them.")
         whole = {}  # a model's set: its largest number of images
         for r in results:
             r["of"] = (r["set"], str(models.on_target(config, r["role"])["data"]))
@@ -245,6 +247,7 @@ def report(folders):
             row = rows.setdefault((name, r["role"]), {})
             row.setdefault(seed, dict(spent[r["role"]]))[f"{r['set']} %"] = r["top1"]
     sets = dict.fromkeys(c for row in rows.values() for one in row.values() for c in one if c.endswith("%"))
+    sets = sorted(sets, key=lambda c: (c != "test %", c.startswith("few-shot")))
     first, lines = next(iter(made)), []
     for (name, role), row in rows.items():
         plain = rows.get((first, role), {})
@@ -262,7 +265,7 @@ def report(folders):
     if len(folders) > 1:
         return print(markdown)
     models.write(Path(folders[0], "report.md"), lambda file: file.write(f"{markdown}\n".encode()))
-    columns = ["model", *list(sets)[:3], "own TMAC", "all TMAC"]
+    columns = ["model", *sets[:3], "own TMAC", "all TMAC"]
     for line in [dict(zip(columns, columns)), *lines]:
         print("  ".join(line[c].rjust(len(c)) if c != "model" else line[c].ljust(11) for c in columns))
     print(verdict({role: row[config["seed"]] for (_, role), row in rows.items()}, config))

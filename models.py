@@ -1178,9 +1178,10 @@ def fits(value, kind):
 
 
 def describe(kind):
-    """A type in words: Optional[Annotated[int, 1, 9]] -> Optional[int from 1 to 9]."""
+    """A type in words: Optional[Annotated[int, 1, 9]] -> Optional[int from 1 to 9]; int -> int from 0."""
     words = re.sub(r"typing\.|<class '|'>", "", str(kind))
-    return re.sub(r"Annotated\[(\w+), ([^,]+), ([^\]]+)\]", r"\1 from \2 to \3", words)
+    words = re.sub(r"Annotated\[(\w+), ([^,]+), ([^\]]+)\]", r"\1 from \2 to \3", words)
+    return re.sub(r"\b(int|float)\b(?! from)", r"\1 from 0", words)
 
 
 class Yaml(yaml.SafeLoader):
@@ -1219,11 +1220,13 @@ def load_config(path, overrides=()):
         raise UserError(f"config {path} is not a readable file of keys: {e}.") from None
     # An emptied block means its defaults.
     given = {key: value for key, value in given.items() if value is not None or key in KEYS}
+    overridden = set()
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"'{override}' is not an override such as distill.alpha=0.9.")
         for name in fnmatch.filter(KEYS, key) or [key]:  # train.*.epochs=1 sets all stages
+            overridden.add(name)
             # A text is taken as it stands: output_dir=a #3
             plain = fits("text", KEYS.get(name, (int,))[0]) and text != "null" and not text.startswith("[")
             given[name] = text if plain else parse(text, f"{key}={text}: the value")
@@ -1239,7 +1242,8 @@ def load_config(path, overrides=()):
     for role in ("meta", "teacher", "student"):
         sizes = ARCHITECTURES.get(flat[f"{role}.arch"], ())
         for key, value in zip(("patch", "width", "heads", "depth"), sizes):
-            flat[f"{role}.{key}"] = given.get(f"{role}.{key}", value)
+            if f"{role}.{key}" not in (overridden if f"{role}.arch" in overridden else given):
+                flat[f"{role}.{key}"] = value
     config = unflatten(flat)
     for key, value in normalization_of(config).items():
         config["data"][key] = config["data"][key] or value
@@ -1281,6 +1285,8 @@ def check_fit(c):
         require(width % heads == 0, f"{role}.width={width} is not a multiple of {role}.heads={heads}.")
         require(not m["experts"] or m["top_k"] <= m["experts"], f"{role}.top_k={m['top_k']} exceeds experts.")
         require(max(m["moe_blocks"] or [0]) < sum(m["depths"]), f"{role}.moe_blocks exceeds {name}.")
+    few = c["few_shot"]
+    require(few["set"] or not few["root"], "few_shot.root needs few_shot.set=folder (or cub, imagenet, …).")
     a, b = c["teacher"]["width"], c["meta"]["width"]
     require(a == b, f"teacher.width={a} is not meta.width={b}: a teacher's modules are incubated inside the "
             "meta model without stitches.")
@@ -1329,6 +1335,8 @@ def command_line(doc, roles, **more):
     `more` are further options and argparse's words for them. role=… and the like work without the dashes too.
     """
     keys = "\n".join(f"{prefix}\n{inspect.getsource(block)}" for prefix, block in BLOCKS.items())
+    keys += (f"\narch: {', '.join(ARCHITECTURES)}. set: {', '.join(get_args(data.Set))}.\n"
+             "int, float: from 0; Count: from 1; Share: from 0 to 1; Size: pixels.")
     parser = argparse.ArgumentParser(description=doc, epilog=keys,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
@@ -1410,6 +1418,7 @@ def read(path, whole=True):
     except Exception as e:  # pickle, zip and torch each have errors of their own for a broken or foreign file
         code = re.search(r"GLOBAL (\S+)", str(e))
         reason = (str(e).splitlines() or [e])[0]
+        reason = "torch.save did not write it" if "weights_only" in reason else reason  # and torch's advice
         reason = f"it holds a {code[1]}, which could run code" if code else reason
         raise UserError(f"{path} is not a checkpoint that can be read: {reason}.") from None
 
@@ -1685,11 +1694,13 @@ def settings(config, stage):
 
 def compare(old, new, path, config):
     """Raises UserError for the first setting in which the file at `path` differs from the config."""
+    own = folders(config)
+    share = own[0] if len(own) == 1 else f"[{','.join(own)}]"
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
             raise UserError(
                 f"{key} was {old.get(key)} when {path} was made, now it is {new.get(key)}. Use a new "
-                f"output_dir and share={config['output_dir']} to keep the stages that do not change.")
+                f"output_dir and share={share} to keep the stages that do not change.")
 
 
 def folders(config):
@@ -1770,13 +1781,13 @@ def announce(process, text):
 def stages(config):
     """What run.sh runs, in order, without the stages that make what is given: (script, role, stage)."""
     known, taught = given(config), not (config["student"]["start"] or config["student"]["modules"])
-    useful = taught or config["train"]["student"]["alpha"] > 0  # whether meta model and teacher have a use
-    incubated = useful and not known.keys() & {"teacher.checkpoint", "teacher.start"}
+    teaches = taught and config["distill"]["alpha"] > 0 or config["train"]["student"]["alpha"] > 0
+    incubated = teaches and not known.keys() & {"teacher.checkpoint", "teacher.start"}
     every = [
-        ("finetune.py", "meta", "meta", useful and "meta.checkpoint" not in known),
+        ("finetune.py", "meta", "meta", (taught or incubated) and "meta.checkpoint" not in known),
         ("distill_module.py", "teacher", "incubate", incubated),
         ("assemble.py", "teacher", "assemble_teacher", incubated),
-        ("finetune.py", "teacher", "teacher", useful and "teacher.checkpoint" not in known),
+        ("finetune.py", "teacher", "teacher", teaches and "teacher.checkpoint" not in known),
         ("distill_module.py", "student", "distill", taught),
         ("assemble.py", "student", "assemble_student", "student.start" not in known),
         ("finetune.py", "student", "student", True),
@@ -2071,18 +2082,23 @@ def dry_run(config):
     world = int(os.environ.get("WORLD_SIZE", 1))
     print("stage     parameters     images epochs     steps batch  learning rate     state GiB       TMAC"
           "   GPU hours")
+    sums = [0.0, 0.0]
     for stage in [name for script, _, name in stages(config) if script != "assemble.py"]:
         c, images = schedule(config, stage), images_of(config, stage)
         epochs, batch = c["epochs"], c["batch"] * world * c["accumulate"]
         parameters, state, macs = cost(config, stage)
         low = c["min_lr"] * (batch / 512 if c["scale_min_lr"] else 1)
+        block = "student" if stage == "baseline" else stage
+        steps = data.steps_per_epoch(images, c["batch"], world, c["accumulate"], block) * epochs
         hours = 2 * macs * epochs / 150e12 / 3600
-        print(f"{stage:9}{parameters:12,}{images:11,}{epochs:7}{images // batch * epochs:10,}{batch:6}  "
+        sums = [sums[0] + macs * epochs / 1e12, sums[1] + hours]
+        print(f"{stage:9}{parameters:12,}{images:11,}{epochs:7}{steps:10,}{batch:6}  "
               f"{c['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}{macs * epochs / 1e12:11,.3g}"
               f"{hours:12,.3g}")
+    print(f"all{sums[0]:86,.3g}{sums[1]:12,.3g}")
     print("images: of an epoch; batch: of all processes and one step; state: weights, gradients and AdamW's\n"
-          "moments of a process in float32; TMAC: 10^12 multiply-adds of all epochs, forward and backward;\n"
-          "GPU hours: at 150 TFLOP/s a GPU, of all GPUs together")
+          "moments of a process in float32, without activations; TMAC: 10^12 multiply-adds of all epochs,\n"
+          "forward and backward; GPU hours: at 150 TFLOP/s a GPU, of all GPUs together")
 
 
 def images_of(config, stage):

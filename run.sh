@@ -20,7 +20,14 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000} MALLOC_TOP_P
 # torchrun kills what still runs 30 s after SIGTERM. Writing the checkpoint of a large model takes about as long.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
-for word in "$@"; do [ "$word" != --dry-run ] || exec $launch "$here/finetune.py" --config "$config" "$@"; done
+for word in "$@"; do
+    case $word in --dry-run | --help | -h) exec $launch "$here/finetune.py" --config "$config" "$@" ;; esac
+done
+
+# SIGTERM and Ctrl-C reach the stage at work, which saves; then this ends too.
+trap '[ -z "$job" ] || { kill -TERM "$job" 2>/dev/null; wait "$job" || true; }; exit 143' TERM INT
+job=
+run() { $launch "$here/$1" --config "$config" "${@:2}" </dev/null & job=$!; wait "$job"; job=; }
 
 # Given weights are looked at first, and the stages that would make them are left out.
 stages=$("$python" -c "import sys; sys.path.insert(0, '$here'); import models
@@ -33,6 +40,6 @@ models.run(main)" \
 n=$(wc -l <<<"$stages") k=0
 while read -r script role; do
     k=$((k + 1))
-    STAGE="[$k/$n] " $launch "$here/$script" --config "$config" "$@" "role=$role" </dev/null
+    STAGE="[$k/$n] " run "$script" "$@" "role=$role"
 done <<<"$stages"
-$launch "$here/evaluate.py" --config "$config" "$@" role=all
+run evaluate.py "$@" role=all

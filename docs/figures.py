@@ -138,11 +138,11 @@ def curves(runs):
             if last and not models.new_classes(runs[0].config):
                 levels["meta model"] = np.mean(last)
         for name, level in levels.items():
-            axis.axhline(level, color=BLACK, linestyle="--", linewidth=1)
+            axis.axhline(level, color=BLACK, linestyle=":" if name == "chance" else "--", linewidth=1)
             ends.append((level, name, BLACK))
         axis.set(title=title, xlabel="epoch", ylabel="validation top-1 (%)", ylim=(0, 103))
         axis.set_visible(bool(lines))
-        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
         place = 110.0
         for y, name, color in sorted(ends, key=lambda end: -end[0]):
             # Beside its line's end, or below the name before: a row of text takes 7.5 % of the height.
