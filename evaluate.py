@@ -247,7 +247,7 @@ def report(folders):
             row = rows.setdefault((name, r["role"]), {})
             row.setdefault(seed, dict(spent[r["role"]]))[f"{r['set']} %"] = r["top1"]
     sets = dict.fromkeys(c for row in rows.values() for one in row.values() for c in one if c.endswith("%"))
-    sets = sorted(sets, key=lambda c: (c != "test %", c.startswith("few-shot")))
+    sets = sorted(sets, key=lambda c: c != "test %")
     first, lines = next(iter(made)), []
     for (name, role), row in rows.items():
         plain = rows.get((first, role), {})

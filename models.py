@@ -1417,7 +1417,7 @@ def read(path, whole=True):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
     except Exception as e:  # pickle, zip and torch each have errors of their own for a broken or foreign file
         code = re.search(r"GLOBAL (\S+)", str(e))
-        reason = (str(e).splitlines() or [e])[0]
+        reason = str(e).partition("\n")[0] or type(e).__name__  # EOFError has no words
         reason = "torch.save did not write it" if "weights_only" in reason else reason  # and torch's advice
         reason = f"it holds a {code[1]}, which could run code" if code else reason
         raise UserError(f"{path} is not a checkpoint that can be read: {reason}.") from None
@@ -1852,8 +1852,8 @@ class Stage:
         """Loads what a run that was cut off had reached -> its step. Raises UserError on other settings."""
         saved = read(self.path, whole=self.process.rank == 0)
         if (before := saved["settings"]["processes"]) != self.process.world:
-            raise UserError(f"{self.path} was begun with {before} processes: go on with as many, "
-                            "or remove it.")
+            raise UserError(f"processes was {before} when {self.path} was begun, now it is "
+                            f"{self.process.world}: go on with as many as before, or remove it.")
         compare(saved["settings"], self.settings, self.path, self.config)
         for i, module in self.modules.items():
             if i not in saved["modules"]:

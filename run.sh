@@ -25,7 +25,7 @@ for word in "$@"; do
 done
 
 # SIGTERM and Ctrl-C reach the stage at work, which saves; then this ends too.
-trap '[ -z "$job" ] || { kill -TERM "$job" 2>/dev/null; wait "$job" || true; }; exit 143' TERM INT
+trap '[ -z "$job" ] || kill -TERM "$job" || true; wait; exit 143' TERM INT
 job=
 run() { $launch "$here/$1" --config "$config" "${@:2}" </dev/null & job=$!; wait "$job"; job=; }
 

@@ -127,7 +127,7 @@ def test_the_sets_of_the_paper_are_asked_at_the_model_s_size(tmp_path, name, wri
 
 @pytest.mark.parametrize("word, names", [
     ("few_shot.ways=15", "few_shot.ways=15"), ("few_shot.shots=[3]", "few_shot.shots"),
-    ("few_shot.set=cub", "the folder of cub")])
+    ("few_shot.set=cub", "one that holds cub")])
 def test_what_cannot_be_asked_is_one_sentence(tmp_path, word, names):
     path = write_config(tmp_path, few_shot=FEW, data=PLAIN)
     run("finetune", path, "role=meta")

@@ -21,7 +21,7 @@ import data
 import evaluate
 import models
 from conftest import ROOT
-from test_runs import end, run, shell, start, start_processes, write_config
+from test_runs import ENV, end, run, shell, start, start_processes, write_config
 
 READ = ["role=meta", "data.workers=2", "data.randaugment=9", "train.meta.epochs=2"]  # images through workers
 
@@ -121,7 +121,7 @@ def test_images_in_sub_folders_are_read_and_other_files_are_counted(tmp_path, ca
     names = ["a", "b", "c", "d"]
     images = data._read_folders(root / "train", names, names)
     assert (images.labels == 0).sum() == 5 and len(images) == 14
-    assert "1 files" in capsys.readouterr().out
+    assert "1 files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage, names", [
@@ -164,7 +164,8 @@ def test_few_shot_folders_need_no_train_have_names_of_their_own_and_errors_that_
         folder_set(tmp_path / name, parts=("test",))
         run("evaluate", path, *words, f"few_shot.root={tmp_path / name}")
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert {"few-shot pets 1-shot 2-way", "few-shot tools 1-shot 2-way"} < {r["set"] for r in results}
+    sets = {f"few-shot {tmp_path / name} 1-shot 2-way" for name in ("pets", "tools")}
+    assert sets < {r["set"] for r in results}
     text = run("evaluate", path, "role=meta", "few_shot.set=lower_case", expect=2)
     assert "few_shot.images" in text.splitlines()[-1] and "data.test_images" not in text.splitlines()[-1]
 
@@ -253,7 +254,7 @@ def test_going_on_with_another_number_of_processes_names_the_right_one(tmp_path)
     run("finetune", path, *words, before=lambda: setattr(models.Stage, "finish", lambda stage: None))
     text = run("finetune", path, *words, before=lambda: setattr(
         data, "setup", lambda device: data.Setup(torch.device("cpu"), 0, 2)), expect=2)
-    assert "was begun with 1 processes" in text
+    assert "processes was 1" in text and "go on with as many" in text
 
 
 def test_a_dry_run_counts_the_launchers_processes(tmp_path):
@@ -263,6 +264,51 @@ def test_a_dry_run_counts_the_launchers_processes(tmp_path):
     assert one.returncode == two.returncode == 0 and one.stdout != two.stdout
     assert not shell("bash", "run.sh", path, "--dry-run", env={**env, "LAUNCH": env["LAUNCH"].replace(
         "RANK=0", "RANK=1")}).stdout
+
+
+def test_sigterm_to_run_sh_reaches_the_stage_which_saves(tmp_path):
+    path = write_config(tmp_path)
+    job = subprocess.Popen(["bash", "run.sh", str(path), "train.meta.epochs=1000"], cwd=ROOT, text=True,
+                           stdout=subprocess.PIPE, env=ENV)
+    job.stdout.readline()  # the banner: from here on SIGTERM saves
+    job.terminate()
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode == 143 and "saved at step" in text, text
+    assert (tmp_path / "run/meta.unfinished.pt").exists()
+
+
+def test_a_changed_setting_proposes_all_shared_runs(tmp_path):
+    path = write_config(tmp_path)
+    run("finetune", path, "role=meta")
+    words = [f"share={tmp_path / 'run'}", f"output_dir={tmp_path / 'b'}", "role=baseline"]
+    run("finetune", path, *words, "train.student.epochs=0")
+    text = run("finetune", path, *words, "train.student.epochs=1", expect=2)
+    assert f"share=[{tmp_path / 'b'},{tmp_path / 'run'}] to keep" in text
+
+
+def test_an_architecture_given_as_an_override_beats_the_sizes_of_the_file(tmp_path):
+    path = write_config(tmp_path)
+    words = ["teacher.arch=vit_tiny", "teacher.depths=[4,4,4]", "meta.width=192"]
+    teacher = models.load_config(path, words)["teacher"]
+    assert (teacher["width"], teacher["heads"], teacher["patch"], teacher["depth"]) == (192, 3, 16, 12)
+    assert models.load_config(path, [*words, "teacher.patch=4"])["teacher"]["patch"] == 4
+
+
+@pytest.mark.parametrize("words, names", [
+    (["few_shot.root=here", "few_shot.set=null"], "few_shot.set"),
+    (["data.train_images=3"], "3 training images")])
+def test_a_dry_run_refuses_what_the_run_would_refuse(tmp_path, words, names):
+    text = run("finetune", write_config(tmp_path), "--dry-run", *words, expect=2)
+    assert names in text
+
+
+def test_two_runs_of_one_name_and_seed_are_refused_by_the_report(tmp_path):
+    path = write_config(tmp_path)
+    for folder in ("a-s3", "a-s4"):
+        run("finetune", path, "role=meta", f"output_dir={tmp_path / folder}")
+        run("evaluate", path, "role=meta", f"output_dir={tmp_path / folder}")
+    with pytest.raises(models.UserError, match="same name and seed"):
+        evaluate.report([tmp_path / "a-s3", tmp_path / "a-s4"])
 
 
 def test_an_evaluation_leaves_the_config_that_the_run_was_trained_with(tmp_path):

@@ -145,7 +145,7 @@ def test_a_pretrained_vit_becomes_the_teacher_with_a_fresh_classifier(tmp_path):
     names = [stage for *_, stage in models.stages(models.load_config(path, [word]))]
     assert names == ["meta", "teacher", "distill", "assemble_student", "student", "baseline"]
     text = run("finetune", path, "role=teacher", word, "train.teacher.epochs=0")
-    assert "fresh classifier" in text
+    assert "fresh tensors: head.weight, head.bias" in text
     teacher = torch.load(tmp_path / "run/teacher.pt", weights_only=True)["model"]
     assert teacher["head.weight"].shape == (5, 16)
     backbone = {k: v for k, v in pretrained.state_dict().items() if not k.startswith("head.")}
@@ -155,7 +155,8 @@ def test_a_pretrained_vit_becomes_the_teacher_with_a_fresh_classifier(tmp_path):
 def test_stages_that_given_weights_replace_are_left_out():
     def names(**given):
         config = {"meta": {"checkpoint": None}, "teacher": {"checkpoint": None, "start": None},
-                  "student": {"start": None, "modules": None}, "train": {"student": {"alpha": 0.0}}}
+                  "student": {"start": None, "modules": None}, "distill": {"alpha": 0.5},
+                  "train": {"student": {"alpha": 0.0}}}
         for key, value in given.items():
             block, _, name = key.partition("_")
             config[block][name] = value
@@ -168,6 +169,7 @@ def test_stages_that_given_weights_replace_are_left_out():
     assert names(teacher_checkpoint="x") == ["meta", *every[4:]]
     assert names(student_modules="x") == every[5:]
     assert names(student_start="x") == every[6:]
+    assert names(distill_alpha=0) == ["meta", *every[4:]]  # nobody listens to the teacher
 
 
 # ----------------------------------------------------------------------------------------------------------
