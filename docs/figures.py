@@ -85,7 +85,8 @@ def read_run(folder):
 
 def made_with(run, role, *free):
     """The settings that a role's result depends on, as a text, without the seed and the keys in `free`."""
-    return str([item for item in models.settings(run.config, role).items() if item[0] not in ("seed", *free)])
+    settings = models.settings(run.config, role)
+    return str(sorted((key, str(value)) for key, value in settings.items() if key not in ("seed", *free)))
 
 
 def mean_std(values):

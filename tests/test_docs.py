@@ -90,8 +90,10 @@ def figure(values):
 def test_the_figures_of_readme_and_configs_are_those_of_results_csv():
     results = read_results()
     known = {figure(seeds.values()) for seeds in results.values() if len(seeds) > 1}
+    # Of ten seeds, the first five are those of the tables.
+    known |= {figure([*seeds.values()][:5]) for seeds in results.values() if len(seeds) == 10}
     # Differences are paired within seeds.
-    pairs = [(a, b) for a in results for b in results if a[1:] == b[1:] and a[0] != b[0]]
+    pairs = [(a, b) for a in results for b in results if a[2] == b[2] and a[:2] != b[:2]]
     differences = {figure([results[a][s] - results[b][s] for s in results[a]]) for a, b in pairs
                    if set(results[a]) == set(results[b]) and len(results[a]) > 1}
     pages = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("configs/*.yaml")]}
