@@ -1111,7 +1111,7 @@ def test_twenty_kills_at_random_moments_make_no_difference(tmp_path, student):
     """Real commands are killed anywhere between start and last write, over all training stages: mixup,
     cutmix, repeated augmentation, two workers, gradient accumulation, two stages in two processes."""
     rng, kills = random.Random(0), 0
-    words = ["train.*.epochs=12", "data.randaugment=9", "data.erasing=0.25", "data.resized_crop=[0.3, 1]",
+    words = ["train.*.epochs=40", "data.randaugment=9", "data.erasing=0.25", "data.resized_crop=[0.3, 1]",
              "data.flip=0.5", "data.repeats=3", "data.workers=2"]
     two = [("finetune", "baseline"), ("distill_module", "student")]
     paths = {name: write_config(tmp_path / name, student) for name in ("broken", "unbroken")}
