@@ -57,23 +57,12 @@ def assemble(config, role, process):
     fresh = [key for key, tensor in whole.state_dict(keep_vars=True).items()
              if id(tensor) not in in_files and not key.startswith("stitches.")]
     if role == "student":
-        fresh, whole = carry(whole, fresh, config)
+        # In the paper Tiny-ImageNet's students are distilled on ImageNet: image size and classes differ.
+        student = models.build(models.on_target(config, role), role)
+        fresh += models.carry(whole.state_dict(), student, "its modules", models.new_classes(config))
+        whole = student
     models.save_finished(config, stage, name, whole.state_dict())
     models.announce(process, f"{stage}: {len(modules)} modules; fresh tensors: {', '.join(fresh) or 'none'}")
-
-
-def carry(distilled, fresh, config):
-    """-> what is fresh in the student of the target data, and that student with the distilled one's weights.
-
-    In the paper Tiny-ImageNet's students are distilled on ImageNet: image size and classes differ. A NAC's
-    position grid belongs to the size, a classifier to the classes. A V-MoE's positions are resized.
-    """
-    student, state = models.build(models.on_target(config, "student"), "student"), distilled.state_dict()
-    other = [name for name, tensor in student.state_dict().items()
-             if name.startswith(models.NEW_HEAD) and models.new_classes(config)
-             or name == "tokenizer.grid" and tensor.shape != state[name].shape]
-    models.load_state(student, state, "the student as distilled", keep=tuple(other))
-    return fresh + other, student
 
 
 if __name__ == "__main__":

@@ -148,6 +148,7 @@ class ImageSet:
     def __init__(self, labels, class_names, images=None, files=None, present=None, rendition=False):
         self.labels, self.class_names = torch.as_tensor(labels, dtype=torch.long), list(class_names)
         self.images, self.files, self.present, self.rendition = images, files, present, rendition
+        self.views = {}  # see eval_batches
 
     def __len__(self):
         return len(self.labels)
@@ -359,21 +360,32 @@ def mix(images, labels, options, rng):
     return mixed, lam * targets + (1 - lam) * targets.flip(0)
 
 
+SMALL = 2**28  # bytes; Tiny-ImageNet's 10,000 validation images at 64 pixels take 123 MB
+
+
 def eval_batches(imageset, config, process, batch=256):
     """This process's share of the set, images rank::world in order: each image once over all processes.
 
     Yields images float32 B 3 H W (normalized) and labels int64 B on the device. Shares and last batches are
-    as long as they are: no image is dropped or repeated to make them equal.
+    as long as they are: no image is dropped or repeated to make them equal. Files of a small set are read once,
+    because a validation set comes back after every epoch.
     """
     share, options = np.arange(process.rank, len(imageset), process.world), config["data"]
     batches = [share[k:k + batch] for k in range(0, len(share), batch)]
-    if imageset.fits(options["image_size"]):
+    size, key, kept = options["image_size"], (process, options["image_size"], batch), []
+    if imageset.fits(size):
         views = (imageset.images[indices].to(process.device, non_blocking=True) for indices in batches)
+    elif key in imageset.views:
+        views = imageset.views[key]
     else:
         views = _read(([(imageset.source(i), i if imageset.rendition else None) for i in indices.tolist()]
                        for indices in batches), options, center_view, process.device)
     for indices, images in zip(batches, views):
+        if imageset.files and len(share) * 3 * size**2 < SMALL:
+            kept.append(images)
         yield normalize(images, options), imageset.labels[indices].to(process.device, non_blocking=True)
+    if kept:
+        imageset.views[key] = kept
 
 
 # ---------- 5 Few-shot episodes
@@ -794,12 +806,12 @@ def _read_folders(folder, found, names, complete=True):
         files += images
         labels += [names.index(name)] * len(images)
     if others:
-        _note(f"{folder}: {len(others)} files do not end like images and are not read, such as {others[0]}")
+        note(f"{folder}: {len(others)} files do not end like images and are not read, such as {others[0]}")
     return ImageSet(labels, names, files=files)
 
 
 @functools.cache
-def _note(text):
+def note(text):
     """Prints a line once, on the first process."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)

@@ -34,6 +34,7 @@ import time
 import zipfile
 import zlib
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -1352,6 +1353,9 @@ def command_line(doc, roles, **more):
         cuda = config["device"] in ("auto", "cuda") and torch.cuda.is_available()
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         config["precision"] = "bfloat16" if fast else "float32"
+    units = any(has for unit, has in torch.cpu.get_capabilities().items() if "bf16" in unit)
+    if config["precision"] == "bfloat16" and not (units or torch.cuda.is_available()):
+        data.note("precision=bfloat16: this processor has no units for it, so float32 is about twice as fast")
     return config, words
 
 
@@ -1473,22 +1477,29 @@ def load_state(model, state, path, keep=()):
         model.load_state_dict(state)
 
 
-NEW_HEAD = ("head.", "pool.to_logits.")  # a ViT's classifier, a NAC's
+def carry(state, model, path, new_head, other_sizes=True):
+    """Loads weights from other classes or another image size -> the names of the tensors that stay fresh.
+
+    A classifier belongs to its classes, a NAC's position grid to its image size. A ViT's grid is resized.
+    """
+    head, fresh = ("head.", "pool.to_logits."), []
+    for name, value in model.state_dict().items():
+        differs = name in state and state[name].shape != value.shape
+        if name.startswith(head) and new_head or differs and other_sizes and name.startswith(
+                (*head, "tokenizer.grid")):
+            fresh.append(name)
+    load_state(model, state, path, tuple(fresh))
+    return fresh
 
 
 def load_start(model, config, role):
     """Reads teacher.start, whose classifier stays fresh, or student.start -> a line to print.
 
-    A student comes from `data` or from `target`: if its classifier or position grid does not fit, a fresh one
-    stays.
+    A student comes from `data` or from `target`.
     """
-    path, own = config[role]["start"], model.state_dict()
-    state, on = translate(weights_in(path), model), on_target(config, role)["data"] != config["data"]
-    keep = [name for name in own if name.startswith(NEW_HEAD) and role == "teacher"
-            or on and name.startswith((*NEW_HEAD, "tokenizer.grid")) and name in state
-            and state[name].shape != own[name].shape]
-    load_state(model, state, path, tuple(keep))
-    return f"{role}: from {path}; fresh tensors: {', '.join(keep) or 'none'}"
+    path, other = config[role]["start"], on_target(config, role)["data"] != config["data"]
+    fresh = carry(translate(weights_in(path), model), model, path, role == "teacher", other)
+    return f"{role}: from {path}; fresh tensors: {', '.join(fresh) or 'none'}"
 
 
 def weights_in(path):
@@ -1834,6 +1845,7 @@ class Stage:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.path.with_suffix(".lock")) if process.rank == 0 else None
         self.number = self.resume() if self.path.exists() else 0
+        self.writer, self.written = ThreadPoolExecutor(1), None
         for module in modules.values() if config["compile"] else ():
             module.compile()
         self.ddp = {i: self.distributed(module) for i, module in modules.items()}
@@ -1969,19 +1981,29 @@ class Stage:
             # A gradient's square may overflow where the step does not; its parameter would never move again.
             check_weights(flatten(adamw), f"{place}, AdamW")
         if self.process.rank == 0:
-            content = {"settings": self.settings, "number": self.number,
-                       "modules": {i: module.state_dict() for i, module in self.modules.items()},
-                       "optimizers": {i: optimizer.state_dict() for i, optimizer in self.optimizers.items()}}
-            write(self.path, lambda file: torch.save(content, file))
+            content = on_cpu({
+                "settings": self.settings, "number": self.number,
+                "modules": {i: module.state_dict() for i, module in self.modules.items()},
+                "optimizers": {i: optimizer.state_dict() for i, optimizer in self.optimizers.items()}})
+            # A copy, so that training goes on while it is written.
+            self.wait()
+            self.written = self.writer.submit(write, self.path, lambda file: torch.save(content, file))
+
+    def wait(self):
+        """Waits for the checkpoint that is being written. Raises UserError if it could not be."""
+        if self.written:
+            self.written.result()
 
     def leave(self):
         """Saves and leaves, after SIGTERM."""
         self.save()
+        self.wait()
         say(self.process, f"SIGTERM: saved at step {self.number}; the same command goes on from there.")
         sys.exit(143)
 
     def finish(self):
         """Writes each module's weights with the settings that they were made with; the checkpoint goes."""
+        self.wait()
         if self.process.rank == 0:
             for i, file in self.files.items():
                 state = self.modules[i].state_dict()
@@ -1989,6 +2011,13 @@ class Stage:
             self.path.unlink(missing_ok=True)
             self.path.with_suffix(".lock").unlink(missing_ok=True)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def on_cpu(tree):
+    """A copy of nested dicts, with all tensors copied to the CPU."""
+    if isinstance(tree, dict):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    return tree.to("cpu", copy=True) if isinstance(tree, torch.Tensor) else tree
 
 
 def lock(path):

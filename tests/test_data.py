@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -477,6 +478,23 @@ def test_every_image_is_evaluated_once(count, world, size):
     views = [data.center_crop(data.read_image(imageset.source(i)), size) for i in range(count)]
     expected = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
     assert torch.equal(images, data.normalize(expected, IMAGENET)[labels])
+
+
+def test_the_files_of_a_small_set_are_read_once(tmp_path, monkeypatch):
+    files = [str(tmp_path / f"{k}.png") for k in range(5)]
+    for k, file in enumerate(files):
+        Image.new("RGB", (9, 9), (50 * k, 0, 0)).save(file)
+    imageset, config = data.ImageSet(range(5), "abcde", files=files), make_config(image_size=8, workers=0)
+    first = list(data.eval_batches(imageset, config, ALONE, 2))
+    for file in files[1:]:
+        Path(file).unlink()
+    assert same(list(data.eval_batches(imageset, config, ALONE, 2)), first) and len(first) == 3
+    with pytest.raises(UserError):  # another process has other images
+        list(data.eval_batches(imageset, config, data.Setup(CPU, 1, 2), 2))
+    monkeypatch.setattr(data, "SMALL", 100)  # too large to be kept
+    large = data.ImageSet([0], "abcde", files=files[:1])
+    assert same(list(data.eval_batches(large, config, ALONE)), list(data.eval_batches(large, config, ALONE)))
+    assert imageset.views and not large.views
 
 
 @pytest.mark.parametrize("workers", [0, 1])

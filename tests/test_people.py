@@ -117,7 +117,7 @@ def test_images_in_sub_folders_are_read_and_other_files_are_counted(tmp_path, ca
     shutil.copy(root / "train/a/0.png", root / "train/a/photo.heic")
     (root / "train/a/images").mkdir()
     shutil.copy(root / "train/a/0.png", root / "train/a/images/y.png")
-    data._note.cache_clear()
+    data.note.cache_clear()
     names = ["a", "b", "c", "d"]
     images = data._read_folders(root / "train", names, names)
     assert (images.labels == 0).sum() == 5 and len(images) == 14
@@ -251,7 +251,7 @@ def test_a_few_shot_set_that_cannot_serve_is_named_before_training(tmp_path):
 def test_going_on_with_another_number_of_processes_names_the_right_one(tmp_path):
     path = write_config(tmp_path)
     words = ["role=meta", "train.meta.epochs=1"]
-    run("finetune", path, *words, before=lambda: setattr(models.Stage, "finish", lambda stage: None))
+    run("finetune", path, *words, before=lambda: setattr(models.Stage, "finish", models.Stage.wait))
     text = run("finetune", path, *words, before=lambda: setattr(
         data, "setup", lambda device: data.Setup(torch.device("cpu"), 0, 2)), expect=2)
     assert "processes was 1" in text and "go on with as many" in text
@@ -317,3 +317,13 @@ def test_an_evaluation_leaves_the_config_that_the_run_was_trained_with(tmp_path)
     before = (tmp_path / "run/config.yaml").read_bytes()
     run("evaluate", path, "role=meta", "data.test_images=7")
     assert (tmp_path / "run/config.yaml").read_bytes() == before
+
+
+def test_bfloat16_on_a_processor_without_units_for_it_is_said(tmp_path, monkeypatch, capsys):
+    words = ["x", "--config", str(ROOT / "configs/demo_nac.yaml"), "precision=bfloat16"]
+    monkeypatch.setattr(sys, "argv", words)
+    for units, said in (({"avx512_bf16": True}, False), ({"avx512_f": True, "amx_bf16": False}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
+        data.note.cache_clear()
+        models.command_line("", ("student",))
+        assert ("bfloat16" in capsys.readouterr().err) == (said and not torch.cuda.is_available())

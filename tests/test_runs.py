@@ -30,6 +30,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -735,6 +736,29 @@ def test_weights_that_are_not_finite_are_never_a_result(tmp_path):
     assert good["number"] == 4 and all(v.isfinite().all() for v in good["modules"]["meta"].values())
 
 
+@vmoe_only
+def test_training_goes_on_while_a_checkpoint_is_written(done, tmp_path):
+    path, folder = beside(done, tmp_path, "finetune", "student")
+
+    def slow_disk(rank=0):
+        """The first checkpoint is written when the second epoch has begun, or never."""
+        write, batches, going_on = models.write, models.Stage.batches, threading.Event()
+
+        def waiting(place, put):
+            assert "unfinished" not in place.name or going_on.wait(20)
+            write(place, put)
+
+        def watched(stage, epoch):
+            if epoch == 1:
+                going_on.set()
+            return batches(stage, epoch)
+
+        models.write, models.Stage.batches = waiting, watched
+
+    run("finetune", path, before=slow_disk)
+    same_run(folder, done[1], "finetune", "student")
+
+
 def no_room(name):
     """-> a function for `before`: the file of this name cannot be written."""
     def patch(rank=0):
@@ -874,7 +898,8 @@ def test_a_hung_process_ends_the_others_after_the_stated_patience(tmp_path):
 
 def test_an_error_in_one_process_leaves_none_hanging(tmp_path):
     path, full = write_config(tmp_path), no_room("meta.unfinished.pt")
-    processes = start_processes(2, "finetune", path, "role=meta", before=lambda rank: rank or full())
+    words = "role=meta", "train.meta.epochs=3"  # the second epoch's end hears of the first checkpoint
+    processes = start_processes(2, "finetune", path, *words, before=lambda rank: rank or full())
     ends = [end(one, 30) for one in processes]
     assert ends[0][0] == 2 and "cannot be written" in ends[0][1] and ends[1][0] not in (0, "hung"), ends
 
