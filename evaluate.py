@@ -226,26 +226,18 @@ def report(folders):
     """
     if not folders:
         raise models.UserError("--report needs the folders of runs.")
-    rows, made, seen = {}, {}, {}  # (name, role): {seed: {column: value}}; name: its runs' settings
-    for folder in map(Path, folders):
-        results, config = read_results(folder / "results.json"), read_config(folder)
-        if not results:
-            raise models.UserError(f"{folder} holds no results: run evaluate.py first.")
-        name, spent, seed = re.sub(r"-s\d+", "", folder.name), costs(folder, config), config["seed"]
-        settings = models.settings(config, "student")
-        settings = {k: v for k, v in settings.items() if k != "seed" and k not in models.GIVEN}
+    folders = list(dict.fromkeys(map(Path, folders)))
+    rows, made = {}, {}  # (name, role): {seed: {column: value}}; name: its runs' settings
+    for folder in folders:
+        config, name = read_config(folder), re.sub(r"-s\d+", "", folder.name)
+        settings = {key: value for key, value in models.settings(config, "student").items()
+                    if key not in ("seed", *models.GIVEN)}
         models.compare(made.setdefault(name, settings), settings, f"another run named {name}", config)
-        if (other := seen.setdefault((name, seed), folder)) != folder:
-            raise models.UserError(f"{folder} and {other} have the same name and seed; rename one of them.")
-        whole = {}  # a model's set: its largest number of images
-        for r in results:
-            r["of"] = (r["set"], str(models.on_target(config, r["role"])["data"]))
-            whole[r["of"]] = max(r["images"], whole.get(r["of"], 0))
-        for r in results:
-            if r["images"] < whole[r["of"]]:  # a look at a part of the set
-                continue
-            row = rows.setdefault((name, r["role"]), {})
-            row.setdefault(seed, dict(spent[r["role"]]))[f"{r['set']} %"] = r["top1"]
+        for role, values in scores(folder, config).items():
+            row = rows.setdefault((name, role), {})
+            if row.setdefault(config["seed"], values) is not values:
+                raise models.UserError(f"{folder} is the second run of name {name} and this seed, "
+                                       f"{config['seed']}; rename it.")
     sets = dict.fromkeys(c for row in rows.values() for one in row.values() for c in one if c.endswith("%"))
     sets = sorted(sets, key=lambda c: c != "test %")
     first, lines = next(iter(made)), []
@@ -264,11 +256,25 @@ def report(folders):
     markdown = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     if len(folders) > 1:
         return print(markdown)
-    models.write(Path(folders[0], "report.md"), lambda file: file.write(f"{markdown}\n".encode()))
+    models.write(folders[0] / "report.md", lambda file: file.write(f"{markdown}\n".encode()))
     columns = ["model", *sets[:3], "own TMAC", "all TMAC"]
     for line in [dict(zip(columns, columns)), *lines]:
         print("  ".join(line[c].rjust(len(c)) if c != "model" else line[c].ljust(11) for c in columns))
     print(verdict({role: row[config["seed"]] for (_, role), row in rows.items()}, config))
+
+
+def scores(folder, config):
+    """{role: {column: value}} of a run: accuracies, each on the whole set, and costs."""
+    results, spent, table, whole = read_results(folder / "results.json"), costs(folder, config), {}, {}
+    if not results:
+        raise models.UserError(f"{folder} holds no results: run evaluate.py first.")
+    for r in results:
+        r["of"] = r["set"], str(models.on_target(config, r["role"])["data"])
+        whole[r["of"]] = max(r["images"], whole.get(r["of"], 0))
+    for r in results:
+        if r["images"] == whole[r["of"]]:  # else only a part of the set was looked at
+            table.setdefault(r["role"], dict(spent[r["role"]]))[f"{r['set']} %"] = r["top1"]
+    return table
 
 
 def verdict(row, config):

@@ -307,7 +307,7 @@ def test_two_runs_of_one_name_and_seed_are_refused_by_the_report(tmp_path):
     for folder in ("a-s3", "a-s4"):
         run("finetune", path, "role=meta", f"output_dir={tmp_path / folder}")
         run("evaluate", path, "role=meta", f"output_dir={tmp_path / folder}")
-    with pytest.raises(models.UserError, match="same name and seed"):
+    with pytest.raises(models.UserError, match="second run of name"):
         evaluate.report([tmp_path / "a-s3", tmp_path / "a-s4"])
 
 
