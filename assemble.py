@@ -52,10 +52,11 @@ def assemble(config, role, process):
         models.load_weights(module, path)
     models.join_stitches(whole, modules, config["assemble"]["stitches"])
 
-    # What is in no module's file is found by identity and named.
-    in_files = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
+    # What no module has learned is found by identity and named. Inside the meta model there is no kernel.
+    learned = {id(tensor) for module in modules for key, tensor in module.state_dict(keep_vars=True).items()
+               if not key.endswith("attention.bandwidth")}
     fresh = [key for key, tensor in whole.state_dict(keep_vars=True).items()
-             if id(tensor) not in in_files and not key.startswith("stitches.")]
+             if id(tensor) not in learned and not key.startswith("stitches.")]
     if role == "student":
         # In the paper Tiny-ImageNet's students are distilled on ImageNet: image size and classes differ.
         student = models.build(models.on_target(config, role), role)

@@ -367,8 +367,8 @@ def eval_batches(imageset, config, process, batch=256):
     """This process's share of the set, images rank::world in order: each image once over all processes.
 
     Yields images float32 B 3 H W (normalized) and labels int64 B on the device. Shares and last batches are
-    as long as they are: no image is dropped or repeated to make them equal. A small set's files are read once,
-    because a validation set comes back after every epoch.
+    as long as they are: no image is dropped or repeated to make them equal. A small set is read once:
+    a validation set comes back after every epoch.
     """
     share, options = np.arange(process.rank, len(imageset), process.world), config["data"]
     batches = [share[k:k + batch] for k in range(0, len(share), batch)]

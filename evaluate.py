@@ -46,8 +46,9 @@ def main():
         models.begin(config, process)
     # `all` means all there is: a run whose baseline is still training has fewer.
     given = [role for role in ("meta", "teacher") if config[role]["checkpoint"]]
-    there = [role for role in STAGES if role in given or models.finished(config, role, f"{role}.pt")]
-    for role in there if args.role == "all" else [args.role]:
+    for role in STAGES if args.role == "all" else [args.role]:
+        if args.role == "all" and role not in given and not models.finished(config, role, f"{role}.pt"):
+            continue
         # A student is tested where it was fine-tuned, which need not be where its modules were distilled.
         path, target = args.checkpoint or models.weights_of(config, role), models.on_target(config, role)
         for result in evaluate(role, path, target, process):

@@ -16,7 +16,6 @@ Papers: m2mKD 2402.16918, Deep Incubation 2212.04129, NAC 2210.08031, V-MoE 2106
 
 import argparse
 import contextlib
-import copy
 import difflib
 import fcntl
 import fnmatch
@@ -1210,17 +1209,18 @@ def parse(text, what):
         raise UserError(f"{what} is not YAML that can be read: {e}.") from None
 
 
-def load_config(path, overrides=()):
+def load_config(path, overrides=(), weights=()):
     """Reads a YAML config, applies overrides ("distill.alpha=0.9"), checks all keys -> a nested dict of all.
 
+    `weights`: files whose mean and std count in place of those of the given weights.
     Raises UserError: one sentence with the key, its value, what is allowed, or the nearest right name.
     """
     try:
-        given = flatten(parse(Path(path).read_bytes(), f"config {path}"))
+        chosen = flatten(parse(Path(path).read_bytes(), f"config {path}"))
     except (OSError, AttributeError, RecursionError) as e:
         raise UserError(f"config {path} is not a readable file of keys: {e}.") from None
     # An emptied block means its defaults.
-    given = {key: value for key, value in given.items() if value is not None or key in KEYS}
+    chosen = {key: value for key, value in chosen.items() if value is not None or key in KEYS}
     overridden = set()
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -1230,24 +1230,25 @@ def load_config(path, overrides=()):
             overridden.add(name)
             # A text is taken as it stands: output_dir=a #3
             plain = fits("text", KEYS.get(name, (int,))[0]) and text != "null" and not text.startswith("[")
-            given[name] = text if plain else parse(text, f"{key}={text}: the value")
-    for key, value in given.items():
+            chosen[name] = text if plain else parse(text, f"{key}={text}: the value")
+    for key, value in chosen.items():
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, 1, 0)[0]
             raise UserError(f"{key} is not a key; the nearest is {near}.")
         if not fits(value, KEYS[key][0]):
             kind = describe(KEYS[key][0])
             raise UserError(f"{key}={reprlib.repr(value)} is not allowed: it must be {kind}.")
-    flat = {key: copy.copy(given.get(key, default)) for key, (_, default) in KEYS.items()}
-    flat["output_dir"] = os.path.expanduser(flat["output_dir"] or f"runs/{Path(path).stem}")
+    flat = {key: expand(chosen.get(key, default)) for key, (_, default) in KEYS.items()}
+    flat["output_dir"] = flat["output_dir"] or f"runs/{Path(path).stem}"
     for role in ("meta", "teacher", "student"):
         sizes = ARCHITECTURES.get(flat[f"{role}.arch"], ())
         for key, value in zip(("patch", "width", "heads", "depth"), sizes):
-            if f"{role}.{key}" not in (overridden if f"{role}.arch" in overridden else given):
+            if f"{role}.{key}" not in (overridden if f"{role}.arch" in overridden else chosen):
                 flat[f"{role}.{key}"] = value
     config = unflatten(flat)
-    for key, value in normalization_of(config).items():
-        config["data"][key] = config["data"][key] or value
+    if not (config["data"]["mean"] and config["data"]["std"]):
+        told = normalization_of(weights or given(config).values())
+        config["data"] |= {key: config["data"][key] or value for key, value in told.items()}
     target = on_target(config, "student")["data"]
     for own, options in ((config["data"], config["data"]), (config["target"], target)):
         own["classes"] = own["classes"] or data.CLASSES.get(own["set"])
@@ -1257,16 +1258,32 @@ def load_config(path, overrides=()):
     return config
 
 
-def normalization_of(config):
-    """mean and std of the images that a given checkpoint was made for, if it tells, else ImageNet's."""
-    for path in given(config).values():
-        with contextlib.suppress(UserError):
-            content = read(path.partition("#")[0], whole=False)
-            content = content if isinstance(content, dict) else {}  # check_inputs says what is wrong with it
-            own = content.get("config", {}).get("data") or content.get("pretrained_cfg") or {}
-            if own.get("mean") and own.get("std"):
-                return {key: v if isinstance(v := own[key], str) else list(v) for key in ("mean", "std")}
-    return {"mean": "imagenet", "std": "imagenet"}
+def expand(value):
+    """A value of the config with ~ replaced, in lists too; a copy."""
+    if isinstance(value, list):
+        return [expand(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def normalization_of(paths):
+    """mean and std of the images that given weights were made for, if they tell, else ImageNet's."""
+    told = {}
+    for path in paths:
+        file = file_and_entry(path)[0]
+        with contextlib.suppress(UserError):  # check_inputs says what is wrong with it
+            content = read(next(Path(file).rglob("*.pt*"), file), whole=False)  # of a folder any file
+            content = content if isinstance(content, dict) else {}
+            ours, theirs = content.get("config"), content.get("pretrained_cfg")
+            for own in (ours.get("data") if isinstance(ours, dict) else None, theirs):
+                pair = [own.get("mean"), own.get("std")] if isinstance(own, dict) else [None]
+                pair = [list(v) if isinstance(v, tuple) else v for v in pair]
+                if all(v is not None and fits(v, KEYS["data.mean"][0]) for v in pair):
+                    told[path] = dict(zip(("mean", "std"), pair))
+    pairs = list(told.values())
+    if any(pair != pairs[0] for pair in pairs):
+        raise UserError(f"{' and '.join(told)} were made for images of different mean and std: "
+                        "set data.mean and data.std.")
+    return pairs[0] if pairs else {"mean": "imagenet", "std": "imagenet"}
 
 
 def check_fit(c):
@@ -1289,6 +1306,8 @@ def check_fit(c):
     few = c["few_shot"]
     require(few["set"] or not few["root"], "few_shot.root needs few_shot.set=folder (or cub, imagenet, …).")
     a, b = c["teacher"]["width"], c["meta"]["width"]
+    both = c["teacher"]["checkpoint"] and c["teacher"]["start"]
+    require(not both, "teacher.checkpoint and teacher.start exclude each other.")
     require(a == b, f"teacher.width={a} is not meta.width={b}: a teacher's modules are incubated inside the "
             "meta model without stitches.")
     if student["kind"] == "vmoe":
@@ -1348,7 +1367,8 @@ def command_line(doc, roles, **more):
         parser.add_argument(f"--{name}", **options)
     own = tuple(f"{name}=" for name in ("role", *more))
     words = parser.parse_intermixed_args([f"--{w}" if w.startswith(own) else w for w in sys.argv[1:]])
-    config = load_config(words.config, words.overrides)
+    weights = [words.checkpoint] if getattr(words, "checkpoint", None) else []
+    config = load_config(words.config, words.overrides, weights)
     if config["precision"] == "auto":  # a result depends on it, so it is resolved before it is kept
         cuda = config["device"] in ("auto", "cuda") and torch.cuda.is_available()
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1410,7 +1430,8 @@ def read(path, whole=True):
     """A checkpoint's content; nothing in it is executed. `whole` compares checksums, which torch does not."""
     try:
         if not Path(path).is_file():  # a pipe might never end
-            raise FileNotFoundError("there is no such file")
+            raise FileNotFoundError("it is a folder; student.modules takes one" if Path(path).is_dir()
+                                    else "there is no such file")
         if whole and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():
@@ -1421,7 +1442,7 @@ def read(path, whole=True):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
     except Exception as e:  # pickle, zip and torch each have errors of their own for a broken or foreign file
         code = re.search(r"GLOBAL (\S+)", str(e))
-        reason = str(e).partition("\n")[0] or type(e).__name__  # EOFError has no words
+        reason = re.split(r"\n|\. ", str(e))[0].rstrip(".") or type(e).__name__  # EOFError has no words
         reason = "torch.save did not write it" if "weights_only" in reason else reason  # and torch's advice
         reason = f"it holds a {code[1]}, which could run code" if code else reason
         raise UserError(f"{path} is not a checkpoint that can be read: {reason}.") from None
@@ -1449,7 +1470,8 @@ def load_weights(model, path, keep=()):
     whose names start with one of `keep` stay the model's own. Raises UserError naming the first tensor that
     is missing, unexpected or of another shape, and changes nothing.
     """
-    load_state(model, join_modules(model, path) if Path(path).is_dir() else weights_in(path), path, keep)
+    modules = isinstance(model, ViT) and Path(path).is_dir()
+    load_state(model, join_modules(model, path) if modules else weights_in(path), path, keep)
 
 
 def load_state(model, state, path, keep=()):
@@ -1502,49 +1524,57 @@ def load_start(model, config, role):
     return f"{role}: from {path}; fresh tensors: {', '.join(fresh) or 'none'}"
 
 
+def file_and_entry(path):
+    """FILE#KEY -> FILE, KEY. The name of a file that is there may have a # in it."""
+    file, _, entry = str(path).rpartition("#")
+    return (file, entry) if file and not Path(path).exists() else (str(path), "")
+
+
 def weights_in(path):
     """The state dict in a file, whatever it is wrapped in, or that of the entry KEY for FILE#KEY."""
-    file, _, entry = str(path).partition("#")
+    file, entry = file_and_entry(path)
     content = read(file)
     if entry and isinstance(content, dict):
         content = content.get(entry, {f"no {entry}, but {', '.join(map(str, content))}": None})
-    for key in ("model", "state_dict", "block_state_dict", "model_state_dict"):
+    for key in ("model", "state_dict", "block_state_dict", "model_state_dict", "module") * 2:  # also nested
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-
-    def dense(value):
-        return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
-
-    if not isinstance(content, dict) or not content or not all(
-            isinstance(name, str) and dense(value) for name, value in content.items()):
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)
+               and isinstance(name, str)} if isinstance(content, dict) else {}
+    if not tensors:
         keys = ", ".join(map(str, content))[:200] if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path} holds no state dict (names to dense tensors), but {keys or 'nothing'}.")
+    for name in content:
+        if name not in tensors or tensors[name].layout != torch.strided or tensors[name].is_meta:
+            raise UserError(f"{path}: the entry {name} is not a dense tensor.")
     return check_weights(content, path)
 
 
 def check_weights(state, what):
     """Returns a state dict; raises UserError if a tensor in it is not finite."""
     for name, value in state.items():
-        if not value.isfinite().all():
+        if value.is_floating_point() and not value.float().isfinite().all():
             raise UserError(f"{what}: the tensor {name} is not finite; a lower learning rate may help.")
     return state
 
 
 def module_files(folder, count):
-    """[a module's file, …] of a folder: 0.pt …; the original's ReadInStudent.pth, MediatorStudent_1.pth …,
-    ReadOutStudent.pth; any name that ends in the module's number; or such a folder's
-    finished_checkpoint.pth."""
-    files = {}
-    found = [*Path(folder).glob("*.pt*"), *Path(folder).glob("*/finished_checkpoint.pt*")]
-    for file in [file for file in found if "unfinished" not in file.name]:
+    """[a module's file, …] of a folder: files, or folders with a finished_checkpoint.pth, of one name that
+    ends in the modules' numbers: 0.pt …; ReadInStudent.pth, MediatorStudent_1.pth …, ReadOutStudent.pth."""
+    series = {}  # name without number: [(number, file)]
+    for file in [*Path(folder).glob("*.pt*"), *Path(folder).glob("*/finished_checkpoint.pt*")]:
         name = file.parent.name if file.stem == "finished_checkpoint" else file.stem
-        name = name.replace("ReadInStudent", "0").replace("ReadOutStudent", str(count - 1))
-        number = re.search(r"\d+$", name)
-        files[int(number[0]) if number else name] = file
-    if set(files) != set(range(count)):
+        name = name.replace("ReadInStudent", "MediatorStudent_0")
+        name = name.replace("ReadOutStudent", f"MediatorStudent_{count - 1}")
+        if number := re.search(r"\d+$", name):
+            series.setdefault(name[:number.start()], []).append((int(number[0]), file))
+    whole = [files for files in map(sorted, series.values()) if [i for i, _ in files] == list(range(count))]
+    if len(whole) != 1:
+        every = [file for files in series.values() for _, file in files]
+        found = sorted(str(file.relative_to(folder).with_suffix("")) for file in every)
         raise UserError(f"{folder} must hold a file for each of the modules 0 to {count - 1}, but it holds "
-                        f"{sorted(map(str, files))}.")
-    return [files[i] for i in range(count)]
+                        f"{found}.")
+    return [file for _, file in whole[0]]
 
 
 def join_modules(model, folder):
@@ -1553,7 +1583,9 @@ def join_modules(model, folder):
     for part, file in zip(parts, module_files(folder, len(parts))):
         for name, value in weights_in(file).items():
             # first: the number in the whole of the module's first block
-            state[re.sub(r"^blocks\.(\d+)", lambda k: f"blocks.{first + int(k[1])}", name)] = value
+            name = re.sub(r"^((module|model|_orig_mod)\.)*blocks\.(\d+)",
+                          lambda k: f"blocks.{first + int(k[3])}", name)
+            state[name] = value
         first += len(part.blocks)
     return state
 
@@ -1586,7 +1618,8 @@ def check_sets(config, dry=False):
     if few["set"] not in (None, *data.DRAWN) and (not dry or os.path.isdir(few["root"])):
         shots, labels = max(few["shots"]), data.few_shot_set(config).labels.numpy()
         data.episodes(labels, few["ways"], shots, 3 * shots, 1, 0)
-    for c in (config, on_target(config, "student")):
+    trained = [name for script, _, name in stages(config) if script != "assemble.py"]
+    for c in {str(on_target(config, name)["data"]): on_target(config, name) for name in trained}.values():
         files = c["data"]["set"] not in data.DRAWN and (not dry or os.path.isdir(c["data"]["root"]))
         for name in ["test"] * files + [name for name in c["data"]["robustness"] if name != "renditions"]:
             data.load(c, name)
@@ -1684,7 +1717,7 @@ def given(config):
 @functools.cache
 def fingerprint(path):
     """A given file or folder by its content, so that the same file elsewhere is the same setting."""
-    file, _, entry = path.partition("#")
+    file, entry = file_and_entry(path)
     crc, files = 0, [Path(file)] if Path(file).is_file() else sorted(Path(file).rglob("*.pt*"))
     for one in files:
         with open(one, "rb") as stream:
@@ -1837,7 +1870,7 @@ class Stage:
         self.total_batch = c["batch"] * process.world * c["accumulate"]
         self.optimizers = {i: optimizer(module, c) for i, module in modules.items()}
         self.settings = {**settings(config, name), "processes": process.world}
-        check_sets(config)
+        check_inputs(config)
         begin(config, process)
         # One pass over several modules has one checkpoint; a job for one module has its own.
         file = Path(config["output_dir"], next(iter(files.values())))
@@ -2127,7 +2160,7 @@ def dry_run(config):
     print(f"all{sums[0]:86,.3g}{sums[1]:12,.3g}")
     print("images: of an epoch; batch: of all processes and one step; state: weights, gradients and AdamW's\n"
           "moments of a process in float32, without activations; TMAC: 10^12 multiply-adds of all epochs,\n"
-          "forward and backward; GPU hours: at 150 TFLOP/s a GPU, of all GPUs together")
+          "forward and backward; GPU hours: hours at 150 TFLOP/s a GPU, of all GPUs together")
 
 
 def images_of(config, stage):

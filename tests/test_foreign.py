@@ -196,6 +196,8 @@ def test_the_original_s_teacher_modules_one_file_each_give_the_whole_teacher_s_l
     torch.manual_seed(1)
     model = models.ViT(16, *SMALL[:3], list(depths), CLASSES).eval()
     for i, module in enumerate(modules(state, depths)):
+        if i == 1:  # saved from DistributedDataParallel
+            module = {f"module.{name}": value for name, value in module.items()}
         torch.save({"model_name": "deit_tiny", "block_index": i, "block_state_dict": module,
                     "divided_depths": list(depths)}, tmp_path / f"{i}.pth")
     for i, part in enumerate(model.parts):

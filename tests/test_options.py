@@ -138,7 +138,8 @@ def test_assembly_calls_fresh_what_no_module_has_taught_and_folded_stitches_are_
     run("finetune", path, "role=meta", *words)
     run("distill_module", path, *words)
     names = run("assemble", path, *words).strip().split("fresh tensors: ")[1].split(", ")
-    assert names == [f"{kind}_latents.signatures" for kind in ("input", "mediator", "output")]
+    assert names == [*(f"{kind}_latents.signatures" for kind in ("input", "mediator", "output")),
+                     *(f"{part}.attention.bandwidth" for part in ("propagators.0", "read_out"))]
     assert "stitches.1.weight" in models.read(tmp_path / "run/student_assembled.pt")["model"]
 
 

@@ -132,6 +132,58 @@ def test_a_module_that_is_missing_or_does_not_fit_is_named_before_anything_train
     assert "modules 0 to 2" in text and "Traceback" not in text
 
 
+def test_other_files_beside_the_modules_are_no_modules_and_two_of_a_number_are_refused(tmp_path):
+    for name in ("vit_large_patch16_224_0", "vit_large_patch16_224_1", "finished_checkpoint", "checkpoint-98",
+                 "optimizer", "vit_large_patch16_224", "1.unfinished"):
+        (tmp_path / f"{name}.pth").touch()
+    (tmp_path / "0.pt.1234abc9.tmp").touch()
+    files = models.module_files(tmp_path, 2)
+    assert [file.name for file in files] == ["vit_large_patch16_224_0.pth", "vit_large_patch16_224_1.pth"]
+    for i in range(2):
+        (tmp_path / f"old_{i}").mkdir()
+        (tmp_path / f"old_{i}/finished_checkpoint.pth").touch()
+    with pytest.raises(models.UserError, match="modules 0 to 1, but it holds .*old_1"):
+        models.module_files(tmp_path, 2)
+    released = tmp_path / "nac"
+    released.mkdir()
+    for name in ("ReadInStudent", "MediatorStudent_1", "MediatorStudent_2", "ReadOutStudent"):
+        (released / f"{name}.pth").touch()
+    assert [file.stem[:6] for file in models.module_files(released, 4)] == ["ReadIn", *["Mediat"] * 2, "ReadOu"]
+    with pytest.raises(models.UserError, match="modules 0 to 2"):  # a config with a propagator less
+        models.module_files(released, 3)
+
+
+def test_from_given_modules_only_the_students_own_set_is_needed(tmp_path):
+    nac_modules(tmp_path / "modules")
+    gone = {**SMALL["data"], "set": "folder", "root": str(tmp_path / "gone"), "robustness": []}
+    target = {"set": "glyphs", "classes": 5, "train_images": 32, "validation_images": 8, "test_images": 16}
+    path = config_file(tmp_path, NAC, data=gone, target=target)
+    for script in ("assemble", "finetune", "evaluate"):
+        run(script, path, f"student.modules={tmp_path / 'modules'}")
+    assert "gone" in run("finetune", path, "role=meta", expect=2)
+
+
+def test_a_single_command_too_looks_at_every_given_file_before_it_trains(tmp_path):
+    path = config_file(tmp_path, NAC)
+    word = f"student.start={tmp_path}/nowhere.pth"
+    assert "nowhere.pth" in run("finetune", path, "role=meta", word, expect=2)
+    assert not (tmp_path / "run/log.jsonl").exists()
+    assert "exclude" in run("finetune", path, "teacher.start=a", "teacher.checkpoint=b", expect=2)
+
+
+def test_paths_may_begin_with_a_tilde_and_hold_a_number_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a #3").mkdir()
+    torch.save({"model_ema": vit().state_dict()}, tmp_path / "a #3/b#c.pth")
+    words = ["teacher.start=~/a #3/b#c.pth#model_ema", "data.robustness=[~/r]", "share=~"]
+    config = models.load_config(config_file(tmp_path, VMOE), words)
+    assert config["teacher"]["start"] == f"{tmp_path}/a #3/b#c.pth#model_ema"
+    assert config["data"]["robustness"] == [f"{tmp_path}/r"] and config["share"] == str(tmp_path)
+    model = vit()
+    models.load_start(model, {**config, "data": {**config["data"], "classes": 7}}, "teacher")
+    assert torch.equal(model.blocks[0].attn.qkv.weight, vit().blocks[0].attn.qkv.weight)
+
+
 def vit(depth=3, classes=7):
     torch.manual_seed(5)
     return models.ViT(16, 4, 16, 2, [1] * depth, classes)
@@ -180,6 +232,8 @@ WRAPPINGS = {
     "DDP around compile": lambda s: {"model": {f"module._orig_mod.{k}": v for k, v in s.items()}},
     "compile around DDP": lambda s: {"state_dict": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
     "a LightningModule": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}},
+    "DeepSpeed": lambda s: {"module": s},
+    "a trainer in a trainer": lambda s: {"state_dict": {"model": s}, "config": "a.yaml"},
     "arguments and numpy numbers": lambda s: {
         "model": s, "args": argparse.Namespace(lr=np.float64(0.1), n=np.int64(3)), "best": np.float32(81.5)},
 }
@@ -232,6 +286,15 @@ def test_an_integer_buffer_and_an_unknown_wrapper_are_named(tmp_path):
     torch.save({"network": vit().state_dict(), "step": 3}, tmp_path / "w.pth")
     with pytest.raises(models.UserError, match="network, step"):
         models.load_weights(vit(), tmp_path / "w.pth")
+    torch.save({**vit().state_dict(), "_extra_state": None}, tmp_path / "w.pth")
+    with pytest.raises(models.UserError, match="the entry _extra_state is not a dense tensor"):
+        models.load_weights(vit(), tmp_path / "w.pth")
+    (tmp_path / "w.pth").write_bytes((tmp_path / "w.pth").read_bytes()[:5000])  # a download that broke off
+    with pytest.raises(models.UserError) as error:
+        models.load_weights(vit(), tmp_path / "w.pth")
+    assert "miniz" not in str(error.value) and ".." not in str(error.value), error.value
+    with pytest.raises(models.UserError, match="it is a folder; student.modules takes one"):
+        models.load_start(vit(), {"teacher": {"start": str(tmp_path)}, "data": {}}, "teacher")
 
 
 def test_safetensors_are_read_where_the_package_is(tmp_path):
@@ -261,3 +324,18 @@ def test_mean_and_std_are_keys_kept_with_the_weights_and_taken_from_a_checkpoint
     torch.save({"state_dict": {}, "pretrained_cfg": told}, tmp_path / "t.pth")
     other = models.load_config(path, [f"teacher.checkpoint={tmp_path / 't.pth'}"])
     assert other["data"]["std"] == [0.4, 0.4, 0.4]
+    # What does not fit the keys is no news; two files that tell different things are.
+    odd = {"state_dict": {}, "config": "a.yaml", "pretrained_cfg": {"mean": "foo", "std": 1}}
+    torch.save(odd, tmp_path / "u.pth")
+    words = [f"teacher.checkpoint={tmp_path / 't.pth'}", f"meta.checkpoint={tmp_path / 'u.pth'}"]
+    assert models.load_config(path, words)["data"]["std"] == [0.4, 0.4, 0.4]
+    words[1] = f"meta.checkpoint={tmp_path / 'run/meta.pt'}"
+    with pytest.raises(models.UserError, match="t.pth and .*meta.pt|meta.pt and .*t.pth"):
+        models.load_config(path, words)
+    assert models.load_config(path, [*words, "data.mean=half", "data.std=half"])["data"]["std"] == "half"
+    # A folder of modules tells, too, and what evaluate.py is given.
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    torch.save({"model": {}, "config": {"data": {"mean": "half", "std": "half"}}}, folder / "0.pt")
+    assert models.load_config(path, [f"student.modules={folder}"])["data"]["mean"] == "half"
+    assert models.load_config(path, (), [tmp_path / "run/meta.pt"])["data"]["mean"] == "half"
