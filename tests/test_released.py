@@ -148,7 +148,8 @@ def test_other_files_beside_the_modules_are_no_modules_and_two_of_a_number_are_r
     released.mkdir()
     for name in ("ReadInStudent", "MediatorStudent_1", "MediatorStudent_2", "ReadOutStudent"):
         (released / f"{name}.pth").touch()
-    assert [file.stem[:6] for file in models.module_files(released, 4)] == ["ReadIn", *["Mediat"] * 2, "ReadOu"]
+    first = [file.stem[:5] for file in models.module_files(released, 4)]
+    assert first == ["ReadI", "Media", "Media", "ReadO"]
     with pytest.raises(models.UserError, match="modules 0 to 2"):  # a config with a propagator less
         models.module_files(released, 3)
 
