@@ -1,22 +1,34 @@
 """How fast models.py and data.py are, beside the literal definitions of literal.py: prints one table.
 
     python tests/bench.py                 all rows (some minutes on two cores)
-    python tests/bench.py read-in moe     only the rows whose names hold one of the words
+    python tests/bench.py read-in moe     only the rows whose names (ROWS, at the end) hold one of the words
+    python tests/bench.py stages          every stage of the paper's configs; on a CPU at batch 1
+    torchrun --nproc_per_node=8 tests/bench.py ddp      what averaging gradients costs on 8 GPUs
 
 Forward and backward; the sides of a row run by turns in one process, and their medians are compared. `ratio`
-is the left time over the right one: above 1, ours is faster. Memory is the peak of what tensors take in one
-step, beyond weights and inputs, as the allocator counts it (torch's profiler, or CUDA's counters). It does
-not depend on what the C library keeps back, and leaves out the scratch space of matrix products.
+is the left time over the right one: above 1, the right side is faster. Memory is the peak of what tensors
+take in one step, beyond weights and inputs, as the allocator counts it (torch's profiler, or CUDA's
+counters). It does not depend on what the C library keeps back, and leaves out the scratch space of matrix
+products. A GPU's rows end with TFLOP/s, and with their share of what one large bfloat16 product reaches on
+it. What cannot run here prints why.
 
 Run it on an idle machine. On a busy one set OMP_NUM_THREADS=1, because threads wait for one another.
 """
 
+import copy
+import functools
+import importlib
+import math
 import os
+import platform
+import re
 import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
+from unittest import mock
 
 # ruff: noqa: E402
 # glibc hands every large tensor back to the system and faults it in again. With these it keeps them, which is
@@ -28,6 +40,7 @@ if __name__ == "__main__" and not ALLOCATOR.items() <= os.environ.items():
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,12 +53,22 @@ import models
 from models import kd, soft_target_ce
 
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+PROCESS = data.setup("cuda" if CUDA else "cpu")  # TF32 on a GPU, as in training; joins torchrun's
+DEVICE = PROCESS.device
 LARGER = 8 if CUDA else 1  # a GPU needs more images at a time to be kept busy
 SIZES = {  # a NAC, and the images of a step on a CPU
     "ImageNet": (dict(image_size=224, width=512, heads=8, latents=(192, 768, 64), classes=1000,
                       ffn_ratio=1), 2),
     "Tiny": (dict(image_size=64, width=384, heads=6, latents=(64, 256, 64), classes=200, ffn_ratio=2), 8)}
+
+
+def processor():
+    """The processor's name, and which of the units it has that decide how fast products are."""
+    known = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_tile": "AMX"}
+    path = Path("/proc/cpuinfo")
+    found = dict(re.findall(r"(model name|flags)\s*: (.*)", path.read_text() if path.exists() else ""))
+    units = [word for flag, word in known.items() if flag in found.get("flags", "").split()]
+    return f"{found.get('model name', platform.machine())} ({', '.join(units) or 'units unknown'})"
 
 
 def nac(size):
@@ -74,6 +97,28 @@ def medians(functions, repeats):
     return [statistics.median(column) for column in zip(*times)]
 
 
+@functools.cache
+def peak():
+    """FLOP/s of one large bfloat16 product: what a GPU gives in practice."""
+    a, b = torch.randn(2, 8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+    return 2 * 8192**3 / medians([lambda: a @ b], 5)[0]
+
+
+def flops(function):
+    """Floating-point operations of a function's products; the formulas are those that torch lacks."""
+    formulas = {torch.ops.aten.convolution_backward: models.convolution_backward,
+                torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1]}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def rate(operations, spent):
+    """TFLOP/s, and on a GPU their share of peak()."""
+    share = f", {100 * operations / spent / peak():.0f} % of a large product" if CUDA else ""
+    return f"{operations / spent / 1e12:.2f} TFLOP/s{share}"
+
+
 def peak_memory(function):
     """Largest sum of live tensors that a function allocates, in bytes."""
     if CUDA:
@@ -88,15 +133,19 @@ def peak_memory(function):
     return max(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]))
 
 
-def step(model, forward, *inputs, labels=None, bf16=False):
-    """A function that does one forward and backward pass."""
+def step(model, forward, *inputs, labels=None, bf16=False, more=lambda: 0):
+    """A function that does one forward and backward pass. more() is added to the loss."""
     def run():
         model.zero_grad()
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
             out = forward(*inputs)
             loss = out.sum() if labels is None else F.cross_entropy(out, labels)
-        loss.backward()
+        (loss + more()).backward()
     return run
+
+
+def skip(what, why):
+    print(f"{what:54}{why}", flush=True)
 
 
 def line(what, left, right, ratio, memory, goal):
@@ -104,19 +153,23 @@ def line(what, left, right, ratio, memory, goal):
     print(f"{what:54}{left:>11}{right:>11}{ratio:>9} {memory:30}{goal}", flush=True)
 
 
-def row(what, left, right, goal, repeats=3):
-    """One line of times: literal, ours, ratio, and the memory of both."""
-    memory = []
-    for function in (left, right):
+def row(what, left, right, goal, repeats=3, counted=None):
+    """One line of times: literal, ours, ratio, and the memory of both; without a left side ours alone.
+
+    `counted` does the right side's operations where these cannot be counted in it.
+    """
+    memory, sides = [], [left, right] if left else [right]
+    for function in sides:
         function()  # so that gradients exist
         memory.append(peak_memory(function) / 2**20)
-    a, b = medians([left, right], repeats)
-    if CUDA:
-        with FlopCounterMode(display=False) as counter:
-            right()
-        goal += f"   ours: {counter.get_total_flops() / b / 1e12:.1f} TFLOP/s"
-    line(what, f"{1000 * a:.1f} ms", f"{1000 * b:.1f} ms", a / b,
-         f"{memory[0]:7.0f} MB {memory[1]:6.0f} MB {memory[0] / memory[1]:5.1f}x", goal)
+    *a, b = medians(sides, repeats)
+    if CUDA and (operations := flops(counted or right)):
+        goal += f"   ours: {rate(operations, b)}"
+    if left:
+        line(what, f"{1000 * a[0]:.1f} ms", f"{1000 * b:.1f} ms", a[0] / b,
+             f"{memory[0]:7.0f} MB {memory[1]:6.0f} MB {memory[0] / max(memory[1], 1e-3):5.1f}x", goal)
+    else:
+        line(what, "", f"{1000 * b:.1f} ms", None, f"{'':10} {memory[0]:6.0f} MB", goal)
 
 
 class Nothing(torch.nn.Module):
@@ -143,6 +196,49 @@ def nac_step(size, goal, bf16=False):
     row(f"NAC step, {size}, batch {len(images)}{', bf16' * bf16}",
         step(model, lambda x: literal.nac(model, x), images, labels=labels, bf16=left_bf16),
         step(model, model, images, labels=labels, bf16=bf16), goal)
+
+
+def nac_bf16(size, goal):
+    model, images, labels = nac(size)
+    plain, bf16 = (step(model, model, images, labels=labels, bf16=on) for on in (False, True))
+    row(f"float32 | bf16: NAC step, {size}, batch {len(images)}", plain, bf16, goal)
+
+
+def compiled(size, goal):
+    what = f"eager | compiled: NAC step, {size}, bf16"
+    if not CUDA:
+        return skip(what, "needs a GPU")
+    model, images, labels = nac(size)
+    eager, ours = (step(model, forward, images, labels=labels, bf16=True)
+                   for forward in (model, torch.compile(model)))
+    row(what, eager, ours, goal, counted=eager)
+
+
+def block_model(goal):
+    """The block model's matching on the CPU, once a step: signatures as the student's stage begins with."""
+    model, images, labels = nac("ImageNet")
+    signatures = model.mediator_latents.signatures
+    linked = models.random_graph("planted_partition", len(signatures), np.random.default_rng(0))
+    models.fit_signatures(signatures, linked, steps=200)
+    plain, more = (step(model, model, images, labels=labels, bf16=CUDA, more=more)
+                   for more in (lambda: 0, lambda: models.block_model(model)))
+    row(f"NAC step, ImageNet, batch {len(images)} | with block model", plain, more, goal)
+
+
+def conv(goal):
+    """The ConvNeXt block of the ImageNet NAC's first stage, and the same in the images' own layout."""
+    what = "channels first | last: ConvNeXt block, bf16"
+    if not CUDA:
+        return skip(what, "needs a GPU")
+    block = models.ConvNeXtBlock(128).to(DEVICE)
+    x = torch.randn(32, 128, 56, 56, device=DEVICE, requires_grad=True)
+
+    def first(x):
+        y = block.norm(block.dwconv(x).permute(0, 2, 3, 1))
+        return x + (block.gamma * block.pwconv2(F.gelu(block.pwconv1(y)))).permute(0, 3, 1, 2)
+
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    row(what, step(block, first, x, bf16=True), step(block, block, last, bf16=True), goal)
 
 
 class Products(TorchDispatchMode):
@@ -176,15 +272,73 @@ def nac_products(size, goal):
     row(f"its products alone ({flops / 1e9:.0f} GFLOP) | NAC step, {size}", products.again, ours, goal)
 
 
-def moe(routing, goal):
+def mixture(routing="untrained"):
+    """A layer of V-MoE-Base and tokens for it."""
     torch.manual_seed(0)
     layer = models.MoE(768, 3072, 8).to(DEVICE).apply(lambda m: models.init_linear(m, 0.02))
-    dense = models.Mlp(768, 2 * 3072).to(DEVICE)  # top-2 of hidden width 3072: as many multiply-adds
     if routing == "collapsed":
         layer.router.bias.data[:2] = 100
-    x = torch.randn(1, 4096 * LARGER, 768, device=DEVICE, requires_grad=True)
-    row(f"dense MLP | MoE layer, {routing} routing", step(dense, dense, x), step(layer, layer, x), goal)
+    return layer, torch.randn(1, 4096 * LARGER, 768, device=DEVICE, requires_grad=True)
+
+
+def moe(routing, goal, bf16=False):
+    layer, x = mixture(routing)
+    dense = models.Mlp(768, 2 * 3072).to(DEVICE)  # top-2 of hidden width 3072: as many multiply-adds
+    row(f"dense MLP | MoE layer, {routing} routing{', bf16' * bf16}",
+        step(dense, dense, x, bf16=bf16), step(layer, layer, x, bf16=bf16), goal)
     print(f"{'':54}experts' load {' '.join(f'{share:.2f}' for share in layer.load.tolist())}")
+
+
+def one_by_one(tokens, weights, offs):
+    """F.grouped_mm as a loop over experts. The GPU must first say how many tokens each has."""
+    counts = offs.diff(prepend=offs.new_zeros(1)).tolist()
+    return torch.cat([t @ w for t, w in zip(tokens.split(counts), weights)])
+
+
+def moe_loop(goal):
+    layer, x = mixture()
+
+    def loop(x):
+        with mock.patch.object(F, "grouped_mm", one_by_one):
+            return layer(x)
+
+    row("loop over experts | grouped_mm, bf16", step(layer, loop, x, bf16=True),
+        step(layer, layer, x, bf16=True), goal)
+
+
+def vit(goal):
+    """A whole ViT, Large on a GPU and Small on a CPU, beside timm's."""
+    name, batch = ("large", 64) if CUDA else ("small", 2)
+    patch, width, heads, depth = models.ARCHITECTURES[f"vit_{name}"]
+    model = models.ViT(224, patch, width, heads, [depth], 1000).to(DEVICE)
+    images = torch.randn(batch, 3, 224, 224, device=DEVICE)
+    labels = torch.randint(1000, (batch,), device=DEVICE)
+    ours, theirs = step(model, model, images, labels=labels, bf16=CUDA), None
+    try:
+        timm = importlib.import_module("timm")
+        other = timm.create_model(f"vit_{name}_patch16_224").to(DEVICE).train()
+        theirs = step(other, other, images, labels=labels, bf16=CUDA)
+    except (ImportError, RuntimeError) as e:  # RuntimeError: with a torchvision that is not this torch's
+        goal = f"timm is not installed ({e})"
+    row(f"timm's | our ViT-{name.title()} step, batch {batch}{', bf16' * CUDA}", theirs, ours, goal)
+
+
+def ddp(goal):
+    """The step of a V-MoE by itself, and as several processes do it: gradients averaged while they come."""
+    if not dist.is_initialized():  # one process; those of torchrun have joined already
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+        dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=0, world_size=1)
+    patch, width, heads, depth = models.ARCHITECTURES["vit_base" if CUDA else "vit_tiny"]
+    model = models.ViT(224, patch, width, heads, [depth], 1000, moe={"experts": 8}).to(DEVICE)
+    images = torch.randn(64 if CUDA else 2, 3, 224, 224, device=DEVICE)
+    labels = torch.randint(1000, (len(images),), device=DEVICE)
+    # As one of two: a stage of one process wraps nothing.
+    stage = types.SimpleNamespace(process=data.Setup(DEVICE, PROCESS.rank, 2))
+    wrapped = models.Stage.distributed(stage, copy.deepcopy(model))
+    plain, ours = (step(m, m, images, labels=labels, bf16=CUDA) for m in (model, wrapped))
+    if torch.cuda.device_count() > PROCESS.world:
+        goal += "; this is one process: use torchrun for all GPUs"
+    row(f"plain | in DDP: V-MoE step, processes: {PROCESS.world}", plain, ours, goal, counted=plain)
 
 
 def settings(folder, *overrides):
@@ -228,6 +382,59 @@ def pipeline(what, size, width, height, count, quality, goal):
         rate = count // 32 * 32 / statistics.median(spent[1:])
         files = f"files of {kilobytes:.1f} kB, read anew"
         line(f"{what}, one core", "", f"{rate:.0f} im/s", None, files, goal)
+
+
+def images_a_second(batches):
+    """Wall time of all batches -> images a second. Other processes' work counts, hence not their CPU time."""
+    images = []
+    spent = seconds(lambda: images.extend(len(x) for x, _ in batches))
+    return sum(images) / spent
+
+
+def loader(goal):
+    with tempfile.TemporaryDirectory() as folder:
+        imageset, rates = photographs(folder, 500, 375, 128 * LARGER, 92), []
+        for workers in (0, 256):  # at most one a core
+            config = settings(folder, "data.image_size=224", "train.student.batch=16", "meta.patch=28",
+                              "teacher.patch=28", f"data.workers={workers}")
+            each = [images_a_second(data.train_batches(imageset, config, "student", epoch, PROCESS))
+                    for epoch in range(4)]
+            rates.append(statistics.median(each[1:]))
+        line("no workers | one a core: 224 px, full augmentation", *(f"{r:.0f} im/s" for r in rates),
+             rates[1] / rates[0], "", goal)
+
+
+def validation(goal):
+    with tempfile.TemporaryDirectory() as folder:
+        imageset = photographs(folder, 64, 64, 1024)
+        config = settings(folder, "data.image_size=64")
+        rates = [images_a_second(data.eval_batches(imageset, config, PROCESS)) for _ in range(2)]
+        line("first | next validation, 64 px", *(f"{r:.0f} im/s" for r in rates), rates[1] / rates[0], "",
+             goal)
+
+
+def transfer(goal):
+    what = "float32 | uint8 to the GPU: 256 images of 224 px"
+    if not CUDA:
+        return skip(what, "needs a GPU")
+    options = {"mean": "imagenet", "std": "imagenet"}
+    images = torch.randint(256, (256, 3, 224, 224), dtype=torch.uint8)
+    floats = data.normalize(images, options).pin_memory()
+    images = images.pin_memory()
+    row(what, lambda: floats.to(DEVICE, non_blocking=True),
+        lambda: data.normalize(images.to(DEVICE, non_blocking=True), options), goal)
+
+
+def checkpoint(goal):
+    """A ViT's weights and AdamW's moments: how long they take to the disk, and into a copy on the CPU."""
+    name = "large" if CUDA else "small"
+    patch, width, heads, depth = models.ARCHITECTURES[f"vit_{name}"]
+    model = models.ViT(224, patch, width, heads, [depth], 1000).to(DEVICE)
+    content = [p.detach().clone() for p in model.parameters() for _ in range(3)]
+    with tempfile.TemporaryDirectory() as folder:
+        a, b = medians([lambda: models.write(Path(folder, "0.pt"), lambda file: torch.save(content, file)),
+                        lambda: [p.to("cpu", copy=True) for p in content]], 1)
+    line(f"written | copied: checkpoint of a ViT-{name.title()}", f"{a:.2f} s", f"{b:.2f} s", a / b, "", goal)
 
 
 def one_pass(goal):
@@ -297,6 +504,65 @@ def evaluation(goal):
          f"{len(images) / b:.1f} im/s", a / b, "", goal)
 
 
+def training(config, role, stage):
+    """A step of a stage, of modules of the second one, on random images -> the function, how many images."""
+    c, s, alone = models.on_target(config, stage), models.schedule(config, stage), stage == role
+    with DEVICE:
+        whole = models.build(c, role)
+        meta, teacher = (None if alone else models.build(c, other).requires_grad_(False).eval()
+                         for other in ("meta", "teacher"))
+        images = torch.randn(s["batch"] if CUDA else 1, 3, *[c["data"]["image_size"]] * 2)
+        targets = torch.rand(len(images), c["data"]["classes"]).softmax(-1)
+    models.set_drop_path(whole, s["drop_path"])
+    module = whole if alone else models.cut(whole, c, role)[1].to(DEVICE)
+    optimizer = models.optimizer(module.train(), s)
+    if config["compile"] and CUDA:
+        for part in (module,) if alone else (module, *meta.parts, *teacher.parts):
+            part.compile()
+
+    def run():
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+            if alone:
+                loss = soft_target_ce(module(images).float(), targets)
+            else:
+                with torch.no_grad():
+                    hidden = meta.hidden_states(images)
+                logits = meta.rest(2, module(hidden[1])).float()
+                loss = soft_target_ce(logits, targets)
+                if stage == "distill":
+                    with torch.no_grad():
+                        taught = meta.rest(2, teacher.parts[1](hidden[1])).float()
+                    loss = 0.5 * loss + 0.5 * kd(logits, taught)
+        (loss + models.regularizer(module, c)).backward()
+        if s["clip"]:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), s["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+    return run, len(images)
+
+
+def stages(name):
+    """Every stage of a paper config, at its micro-batch; on a CPU at batch 1, in float32, uncompiled."""
+    if not CUDA and not any("stages" in word for word in sys.argv[1:]):
+        return skip(f"all stages of {name}", "needs a GPU; the word stages tries them on a CPU, at batch 1")
+    config = models.load_config(Path(__file__).parent.parent / "configs" / f"{name}.yaml")
+    for script, role, stage in models.stages(config):
+        if script != "assemble.py":
+            run, batch = training(config, role, stage)
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            spent = medians([run], 3)[0]
+            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in all" if CUDA else ""
+            # cost() tells the multiply-adds of an epoch: whole steps of the config's batch
+            s, images = models.schedule(config, stage), models.images_of(config, stage)
+            images -= images % (s["batch"] * s["accumulate"])
+            operations = 2 * models.cost(config, stage, () if stage == role else [1])[2] * batch / images
+            line(f"{name}: {stage}{', one module' * (stage != role)}, batch {batch}",
+                 f"{1000 * spent:.0f} ms", f"{batch / spent:.1f} im/s", None, memory, rate(operations, spent))
+            del run
+            torch.compiler.reset()
+
+
 ROWS = {
     "read-in ImageNet": lambda: read_in("ImageNet", "50x, memory 20x"),
     "read-in Tiny": lambda: read_in("Tiny", "14x"),
@@ -307,19 +573,42 @@ ROWS = {
     "nac Tiny bf16": lambda: nac_step("Tiny", "2.2x", bf16=True),
     "nac Tiny products": lambda: nac_products("Tiny", "0.8x"),
     "nac ImageNet products": lambda: nac_products("ImageNet", "-"),
+    "nac ImageNet float32": lambda: nac_bf16("ImageNet", "1x with units for bf16"),
+    "compile ImageNet": lambda: compiled("ImageNet", "1.3x"),
+    "compile Tiny": lambda: compiled("Tiny", "1.4x"),
+    "block model": lambda: block_model("0.9x"),
+    "channels_last": lambda: conv("1.5x"),
     "moe uneven": lambda: moe("untrained", "0.91x"),
     "moe collapsed": lambda: moe("collapsed", "0.91x"),
+    "moe bf16": lambda: moe("untrained", "0.91x", bf16=True),
+    "moe loop": lambda: moe_loop("0.9x on a CPU, 1.1x on a GPU"),
+    "vit": lambda: vit("1x"),
+    "ddp": lambda: ddp("0.95x"),
     "one pass": lambda: one_pass("90 % of the predicted saving"),
     "data Tiny": lambda: pipeline("Tiny-ImageNet, full augmentation", 64, 64, 64, 512, 85, "1500 im/s"),
     "data ImageNet": lambda: pipeline(
         "224 px from 500x375 JPEG, full augmentation", 224, 500, 375, 96, 92, "150 im/s"),
+    "loader": lambda: loader("0.8x the cores"),
+    "validation": lambda: validation("10x: small sets stay in memory"),
+    "transfer": lambda: transfer("1x"),
+    "checkpoint": lambda: checkpoint("3x"),
     "evaluation": lambda: evaluation("2.5x"),
+    "stages ImageNet NAC": lambda: stages("imagenet_nac"),
+    "stages ImageNet V-MoE": lambda: stages("imagenet_vmoe"),
+    "stages Tiny NAC": lambda: stages("tiny_imagenet_nac"),
 }
 
 if __name__ == "__main__":
-    name = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {name}")
+    if PROCESS.rank:
+        sys.stdout = open(os.devnull, "w")  # torchrun's first process prints for all
+    print(f"torch {torch.__version__}, {processor()}, {torch.get_num_threads()} threads")
+    if CUDA:
+        print(f"{torch.cuda.get_device_name()}; a large bf16 product: {peak() / 1e12:.0f} TFLOP/s")
     print(f"{'what (left | right)':54}{'literal':>11}{'ours':>11}{'ratio':>9} {'peak memory of both':30}goal")
     for name, measure in ROWS.items():
         if len(sys.argv) == 1 or any(word in name for word in sys.argv[1:]):
-            measure()
+            try:
+                measure()
+            except torch.OutOfMemoryError:
+                skip(name, "does not fit into the GPU's memory")
+    data.close()
