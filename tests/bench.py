@@ -60,6 +60,7 @@ SIZES = {  # a NAC, and the images of a step on a CPU
     "ImageNet": (dict(image_size=224, width=512, heads=8, latents=(192, 768, 64), classes=1000,
                       ffn_ratio=1), 2),
     "Tiny": (dict(image_size=64, width=384, heads=6, latents=(64, 256, 64), classes=200, ffn_ratio=2), 8)}
+REPEATS = {"ImageNet": 2, "Tiny": 3}  # of a whole step: on two cores the larger one takes seconds
 
 
 def processor():
@@ -195,13 +196,13 @@ def nac_step(size, goal, bf16=False):
     left_bf16 = bf16 and CUDA  # on a CPU the literal side stays in float32
     row(f"NAC step, {size}, batch {len(images)}{', bf16' * bf16}",
         step(model, lambda x: literal.nac(model, x), images, labels=labels, bf16=left_bf16),
-        step(model, model, images, labels=labels, bf16=bf16), goal)
+        step(model, model, images, labels=labels, bf16=bf16), goal, REPEATS[size])
 
 
 def nac_bf16(size, goal):
     model, images, labels = nac(size)
     plain, bf16 = (step(model, model, images, labels=labels, bf16=on) for on in (False, True))
-    row(f"float32 | bf16: NAC step, {size}, batch {len(images)}", plain, bf16, goal)
+    row(f"float32 | bf16: NAC step, {size}, batch {len(images)}", plain, bf16, goal, REPEATS[size])
 
 
 def compiled(size, goal):
@@ -222,7 +223,7 @@ def block_model(goal):
     models.fit_signatures(signatures, linked, steps=200)
     plain, more = (step(model, model, images, labels=labels, bf16=CUDA, more=more)
                    for more in (lambda: 0, lambda: models.block_model(model)))
-    row(f"NAC step, ImageNet, batch {len(images)} | with block model", plain, more, goal)
+    row(f"NAC step, ImageNet, batch {len(images)} | with block model", plain, more, goal, REPEATS["ImageNet"])
 
 
 def conv(goal):
@@ -494,8 +495,8 @@ def evaluation(goal):
         assert not model(images).requires_grad
 
     a, b = medians([train, evaluate], 5)
-    line(f"training | evaluation, NAC Tiny, batch {len(images)}", f"{len(images) / a:.1f} im/s",
-         f"{len(images) / b:.1f} im/s", a / b, "", goal)
+    line(f"training | evaluation, NAC Tiny, batch {len(images)}", f"{len(images) / a:.0f} im/s",
+         f"{len(images) / b:.0f} im/s", a / b, "", goal)
 
 
 def training(config, role, stage):
@@ -552,7 +553,8 @@ def stages(name):
             images -= images % (s["batch"] * s["accumulate"])
             operations = 2 * models.cost(config, stage, () if stage == role else [1])[2] * batch / images
             line(f"{name}: {stage}{', one module' * (stage != role)}, batch {batch}",
-                 f"{1000 * spent:.0f} ms", f"{batch / spent:.1f} im/s", None, memory, rate(operations, spent))
+                 f"{1000 * spent:.0f} ms", f"{batch / spent:.{0 if CUDA else 2}f} im/s", None, memory,
+                 rate(operations, spent))
             del run
             torch.compiler.reset()
 
