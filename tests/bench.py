@@ -117,7 +117,7 @@ def flops(function):
 def rate(operations, spent):
     """TFLOP/s, and on a GPU their share of peak()."""
     share = f", {100 * operations / spent / peak():.0f} % of a large product" if CUDA else ""
-    return f"{operations / spent / 1e12:.2f} TFLOP/s{share}"
+    return f"{operations / spent / 1e12:.3g} TFLOP/s{share}"
 
 
 def peak_memory(function):
