@@ -120,6 +120,11 @@ def rate(operations, spent):
     return f"{operations / spent / 1e12:.3g} TFLOP/s{share}"
 
 
+def in_words(number):
+    """Images a second."""
+    return f"{number:.{0 if number > 10 else 2}f} im/s"
+
+
 def peak_memory(function):
     """Largest sum of live tensors that a function allocates, in bytes."""
     if CUDA:
@@ -376,7 +381,7 @@ def pipeline(what, size, width, height, count, quality, goal):
         kilobytes = statistics.mean(file.stat().st_size for file in imageset.files) / 1000
         rate = count // 32 * 32 / statistics.median(spent[1:])
         files = f"files of {kilobytes:.1f} kB, read anew"
-        line(f"{what}, one core", "", f"{rate:.0f} im/s", None, files, goal)
+        line(f"{what}, one core", "", in_words(rate), None, files, goal)
 
 
 def images_a_second(batches):
@@ -395,7 +400,7 @@ def loader(goal):
             each = [images_a_second(data.train_batches(imageset, config, "student", epoch, PROCESS))
                     for epoch in range(4)]
             rates.append(statistics.median(each[1:]))
-        line("no workers | one a core: 224 px, full augmentation", *(f"{r:.0f} im/s" for r in rates),
+        line("no workers | one a core: 224 px, full augmentation", *map(in_words, rates),
              rates[1] / rates[0], "", goal)
 
 
@@ -404,7 +409,7 @@ def validation(goal):
         imageset = photographs(folder, 64, 64, 1024)
         config = settings(folder, "data.image_size=64")
         rates = [images_a_second(data.eval_batches(imageset, config, PROCESS)) for _ in range(2)]
-        line("first | next validation, 64 px", *(f"{r:.0f} im/s" for r in rates), rates[1] / rates[0], "",
+        line("first | next validation, 64 px", *map(in_words, rates), rates[1] / rates[0], "",
              goal)
 
 
@@ -495,8 +500,8 @@ def evaluation(goal):
         assert not model(images).requires_grad
 
     a, b = medians([train, evaluate], 5)
-    line(f"training | evaluation, NAC Tiny, batch {len(images)}", f"{len(images) / a:.0f} im/s",
-         f"{len(images) / b:.0f} im/s", a / b, "", goal)
+    line(f"training | evaluation, NAC Tiny, batch {len(images)}", in_words(len(images) / a),
+         in_words(len(images) / b), a / b, "", goal)
 
 
 def training(config, role, stage):
@@ -553,7 +558,7 @@ def stages(name):
             images -= images % (s["batch"] * s["accumulate"])
             operations = 2 * models.cost(config, stage, () if stage == role else [1])[2] * batch / images
             line(f"{name}: {stage}{', one module' * (stage != role)}, batch {batch}",
-                 f"{1000 * spent:.0f} ms", f"{batch / spent:.{0 if CUDA else 2}f} im/s", None, memory,
+                 f"{1000 * spent:.0f} ms", in_words(batch / spent), None, memory,
                  rate(operations, spent))
             del run
             torch.compiler.reset()
