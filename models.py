@@ -779,14 +779,15 @@ def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
     s = nac.mediator_latents.signatures
     group = torch.arange(len(s), device=s.device) * groups // len(s)
     target = torch.where(torch.arange(groups, device=s.device)[:, None] == group, p_in, p_out).to(s)  # G U
-    capacity = group.bincount(minlength=groups).cpu().numpy()
+    capacity = np.bincount(np.arange(len(s)) * groups // len(s), minlength=groups)
     delta = distance(s, s)
     kernels = torch.stack([log_kernel(delta, p.attention.bandwidth).exp() for p in nac.propagators])  # P U U
     # Which mediators make a block is free: K's rows (not its columns) are matched to P's at the least MSE.
     # ‖K_u − P_g‖² = ‖K_u‖² − 2 K_u·P_g + ‖P_g‖²; the first term does not depend on g
     costs = target.square().sum(1) - 2 * kernels @ target.T  # P U G
     # One copy to the CPU and one back for all propagators, because each makes the GPU wait.
-    rows = torch.stack([match_rows(cost, capacity) for cost in costs.detach().cpu()]).to(s.device)
+    rows = torch.stack([match_rows(cost, capacity) for cost in costs.detach().cpu()])
+    rows = rows.to(s.device, non_blocking=True)
     return (kernels - target[rows]).square().mean((1, 2)).sum()
 
 

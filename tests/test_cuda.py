@@ -35,7 +35,8 @@ def stages(config, world, *words, root=ROOT):
 @pytest.mark.parametrize("config, world, words", [
     ("demo_nac", 1, NAC),
     ("demo_vmoe", 8, VMOE),
-    pytest.param("demo_nac", 8, ["assemble.graph=planted_partition"], marks=pytest.mark.slow),
+    pytest.param("demo_nac", 8, ["assemble.graph=planted_partition", "train.student.regularizer=1"],
+                 marks=pytest.mark.slow),
     pytest.param("demo_vmoe", 1, ["precision=float32"], marks=pytest.mark.slow),
 ])
 def test_no_stage_mixes_devices_or_waits_for_the_gpu(config, world, words):
