@@ -1,0 +1,30 @@
+"""upcycle.py – sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): a V-MoE from a dense ViT of its shape.
+
+    python docs/upcycle.py --config configs/demo_vmoe.yaml dense=FILE out=FILE
+
+Each expert starts as a copy of its block's MLP, the routers are new. The gates of a token sum to 1, so at
+first the V-MoE answers as the ViT does. Fine-tune it with student.start=FILE. docs/reproduce.sh has the loop.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import models
+
+
+def main():
+    config, words = models.command_line(__doc__, ["student"], dense={"required": True}, out={"required": True})
+    model = models.build(config, "student")
+    state = model.state_dict()
+    for name, value in models.load(words.dense).state_dict().items():
+        expert = re.sub(r"mlp\.(fc\d)\.", r"moe.\1_", name)  # mlp.fc1.weight H D -> moe.fc1_weight E H D
+        state[expert] = value.expand_as(state[expert])
+    model.load_state_dict(state)
+    torch.save(model.state_dict(), words.out)
+
+
+models.run(main)
