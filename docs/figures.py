@@ -193,12 +193,13 @@ def length(runs):
     free, panels = ("train.student.epochs", "train.baseline_epochs", "distill.alpha"), {}
     for run, role in [(run, role) for run in runs for role in ("student", "baseline") if role in run.top1]:
         alone, epochs = run.config["distill"]["alpha"] == 0, models.schedule(run.config, role)["epochs"]
-        # A panel's title is its first run's name.
-        _, lines = panels.setdefault(made_with(run, "student", *free), (run.name, {}))
+        # A panel's title is that of its first run.
+        title = f"{run.name} ({models.on_target(run.config, role)['data']['set']})"
+        _, lines = panels.setdefault(made_with(run, "student", *free), (title, {}))
         line = lines.setdefault("alone" if alone and role == "student" else role, {})
         # By seed, because runs that share a baseline report the same one.
         line.setdefault(epochs, {})[run.seed] = run.top1[role]
-    panels = [(name, lines) for name, lines in panels.values() if any(len(line) > 1 for line in lines.values())]
+    panels = [panel for panel in panels.values() if any(len(line) > 1 for line in panel[1].values())]
     if not panels:
         return None
     rows = math.ceil(len(panels) / 2)
@@ -206,10 +207,10 @@ def length(runs):
     counts = [len(seeds) for _, lines in panels for line in lines.values() for seeds in line.values()]
     seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
     figure.suptitle(f"accuracy against the length of fine-tuning, mean ± standard deviation of {seeds} seeds")
-    for axis, (name, lines) in zip(axes.flat, panels):
+    for axis, (title, lines) in zip(axes.flat, panels):
         for key in sorted(lines, key=list(LOOKS).index):
             plot(axis, {x: [*seeds.values()] for x, seeds in lines[key].items()}, *LOOKS[key])
-        axis.set(title=name, xscale="log", ylabel="test top-1 (%)", xlabel="epochs")
+        axis.set(title=title, xscale="log", ylabel="test top-1 (%)", xlabel="epochs")
         axis.set_xticks(sorted({x for line in lines.values() for x in line}))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()

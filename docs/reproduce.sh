@@ -31,7 +31,7 @@ meta_and_teacher() {  # what students of one seed share
   stage assemble.py "$@" role=teacher && stage finetune.py "$@" role=teacher &&
   stage evaluate.py "$@" role=all
 }
-lengths() {  # RUN BASE EPOCHS WORD …: m2mKD, α = 0 and end to end, with the modules of RUN and of RUN-alpha0
+lengths() {  # RUN BASE EPOCHS WORD …: the modules of RUN and RUN-alpha0 fine-tuned, and the same end to end
   local run=$1 base=$2 epochs=$3
   student "${@:4}" "share=[$run,$base]" output_dir=$run-f$epochs train.student.epochs=$epochs
   student "${@:4}" "share=[$run-alpha0,$base]" output_dir=$run-alpha0-f$epochs distill.alpha=0 \
@@ -253,7 +253,9 @@ END
 }
 
 case $section in
-  glyphs | upcycling | transfer | fashion | fashion_lengths | few_labels | states | one_thing | inside) "$section" ;;
+  glyphs | upcycling | transfer | fashion | fashion_lengths | few_labels | states | one_thing | inside)
+    "$section"
+    ;;
   *)
     cat <<'END'
 bash docs/reproduce.sh SECTION [key=value …]

@@ -1,4 +1,4 @@
-"""upcycle.py – sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): a V-MoE from a dense ViT of its shape.
+"""upcycle.py – sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): a V-MoE from a ViT of its shape.
 
     python docs/upcycle.py --config configs/demo_vmoe.yaml dense=FILE out=FILE
 
@@ -17,7 +17,8 @@ import models
 
 
 def main():
-    config, words = models.command_line(__doc__, ["student"], dense={"required": True}, out={"required": True})
+    needed = {"required": True}
+    config, words = models.command_line(__doc__, ["student"], dense=needed, out=needed)
     model = models.build(config, "student")
     state = model.state_dict()
     for name, value in models.load(words.dense).state_dict().items():

@@ -56,7 +56,7 @@ def test_every_command_of_reproduce_sh_has_a_config_that_is_accepted(tmp_path, m
     stubs += "mkdir() { :; }\ngrep() { :; }\n"
     script = script.replace("set -euo pipefail\n", "set -euo pipefail\n" + stubs, 1)
     sections = re.findall(r"^(\w+)\(\) \{  ?(?:#.*)?$|^(\w+)\(\) \{$", script, re.M)
-    for section in re.search(r"^  ([\w |]+)\) \"\$section\"", script, re.M)[1].split(" | "):
+    for section in re.search(r"^  ([\w |]+)\)\s+\"\$section\"", script, re.M)[1].split(" | "):
         assert section in {name for pair in sections for name in pair}
         subprocess.run(["bash", "-c", script, str(ROOT / "docs/reproduce.sh"), section], cwd=ROOT, check=True)
     commands = set(re.findall(r"^.* seed=(?:1|3|30) .*$", (tmp_path / "all").read_text(), re.M))
@@ -66,7 +66,8 @@ def test_every_command_of_reproduce_sh_has_a_config_that_is_accepted(tmp_path, m
     monkeypatch.setattr(models, "normalization_of", lambda config: {"mean": "imagenet", "std": "imagenet"})
     for script, *words in map(str.split, commands):
         (config,) = (word for word in words if word.startswith("configs/"))
-        overrides = [w for w in words if w not in ("--config", config) and not w.startswith(("role=", "dense=", "out="))]
+        options = ("--config", config, "role=", "dense=", "out=")
+        overrides = [word for word in words if not word.startswith(options)]
         assert (ROOT / script).is_file()
         models.load_config(ROOT / config, [word.strip('"') for word in overrides])
 
