@@ -2,8 +2,8 @@
 
     python docs/upcycle.py --config configs/demo_vmoe.yaml dense=FILE out=FILE
 
-Each expert starts as a copy of its block's MLP, the routers are new. The gates of a token sum to 1, so at
-first the V-MoE answers as the ViT does. Fine-tune it with student.start=FILE. docs/reproduce.sh has the loop.
+Each expert starts as a copy of its block's MLP, the routers are new. A token's gates sum to 1, so at first
+the V-MoE answers as the ViT does. Fine-tune it with student.start=FILE (docs/reproduce.sh, upcycling).
 """
 
 import re
