@@ -19,13 +19,11 @@ import models
 def main():
     needed = {"required": True}
     config, words = models.command_line(__doc__, ["student"], dense=needed, out=needed)
-    model = models.build(config, "student")
-    state = model.state_dict()
+    state = models.build(config, "student").state_dict()
     for name, value in models.load(words.dense).state_dict().items():
         expert = re.sub(r"mlp\.(fc\d)\.", r"moe.\1_", name)  # mlp.fc1.weight H D -> moe.fc1_weight E H D
-        state[expert] = value.expand_as(state[expert])
-    model.load_state_dict(state)
-    torch.save(model.state_dict(), words.out)
+        state[expert] = value.expand_as(state[expert]).clone()
+    torch.save(state, words.out)
 
 
 models.run(main)
