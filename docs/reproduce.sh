@@ -81,14 +81,14 @@ transfer() {
 # results.md, "Sparse upcycling": a dense ViT of the student's shape, for as many multiply-adds as meta model,
 # teacher and modules take together, and a V-MoE from it
 upcycling() {
-  local seed dense config
-  for seed in 30 31 32 33 34; do
-    dense=runs/demo_dense-s$seed-m164  config="--config configs/demo_vmoe.yaml seed=$seed"
-    whole $config output_dir=$dense role=meta train.meta.epochs=164 meta.width=48 teacher.width=48 \
+  local seed epochs dense config
+  for seed in 30 31 32; do for epochs in 32 164; do
+    dense=runs/demo_dense-s$seed-m$epochs  config="--config configs/demo_vmoe.yaml seed=$seed"
+    whole $config output_dir=$dense role=meta train.meta.epochs=$epochs meta.width=48 teacher.width=48 \
       meta.mlp_ratio=1 meta.init_std=0.03
     python docs/upcycle.py $config dense=$dense/meta.pt out=$dense/upcycled.pt
-    whole $config output_dir=runs/demo_vmoe-s$seed-upcycled-m164 student.start=$dense/upcycled.pt
-  done
+    whole $config output_dir=runs/demo_vmoe-s$seed-upcycled-m$epochs student.start=$dense/upcycled.pt
+  done; done
 }
 
 # results.md, "Fashion-MNIST" and "Accuracy against cost"
@@ -262,7 +262,7 @@ bash docs/reproduce.sh SECTION [key=value …]
 
 section           about, on one CPU core
 glyphs            4.5 hours     m2mKD against its baselines on glyphs, and for other lengths
-upcycling         25 minutes    a V-MoE from a dense ViT, against the one of glyphs
+upcycling         20 minutes    a V-MoE from a dense ViT, against the one of glyphs
 transfer          30 minutes    from glyphs to other letters; needs glyphs
 fashion           2 hours       m2mKD against its baselines on Fashion-MNIST
 fashion_lengths   2.5 hours     the same for other lengths of fine-tuning; needs fashion
