@@ -10,6 +10,7 @@ circuit and contact of the first. Each picture is a function, runs -> figure, or
 """
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -188,22 +189,35 @@ def cost(runs):
 
 
 def length(runs):
-    """Test accuracy against the length of fine-tuning, where runs differ in it."""
-    free, lines = ("train.student.epochs", "train.baseline_epochs", "distill.alpha"), {}
-    for run, role in [(run, role) for run in runs for role in ("student", "baseline")]:
-        # Only runs that otherwise agree with the first share its picture.
-        if role in run.top1 and made_with(run, role, *free) == made_with(runs[0], role, *free):
-            alone, epochs = run.config["distill"]["alpha"] == 0, models.schedule(run.config, role)["epochs"]
-            line = lines.setdefault("alone" if alone and role == "student" else role, {})
-            # By seed, because runs that share a baseline report the same one.
-            line.setdefault(epochs, {})[run.seed] = run.top1[role]
-    if all(len(line) < 2 for line in lines.values()):
+    """Test accuracy against the length of fine-tuning: a panel for all runs that differ in nothing else."""
+    free, panels = ("train.student.epochs", "train.baseline_epochs", "distill.alpha"), {}
+    for run, role in [(run, role) for run in runs for role in ("student", "baseline") if role in run.top1]:
+        alone, epochs = run.config["distill"]["alpha"] == 0, models.schedule(run.config, role)["epochs"]
+        # A panel's title is that of its first run.
+        title = f"{run.name} ({models.on_target(run.config, role)['data']['set']})"
+        _, lines = panels.setdefault(made_with(run, "student", *free), (title, {}))
+        line = lines.setdefault("alone" if alone and role == "student" else role, {})
+        # By seed, because runs that share a baseline report the same one.
+        line.setdefault(epochs, {})[run.seed] = run.top1[role]
+    panels = [panel for panel in panels.values() if any(len(line) > 1 for line in panel[1].values())]
+    if not panels:
         return None
-    figure, [[axis]] = page(runs, "accuracy against length of fine-tuning", log=True)
-    for key in sorted(lines, key=list(LOOKS).index):
-        plot(axis, {epochs: [*seeds.values()] for epochs, seeds in lines[key].items()}, *LOOKS[key])
-    axis.set_xlabel("epochs of fine-tuning (baseline: of training end to end)")
-    axis.legend(frameon=False)
+    rows = math.ceil(len(panels) / 2)
+    figure, axes = page(runs, "", rows, min(len(panels), 2), 0.6 + 2.6 * rows)
+    counts = [len(seeds) for _, lines in panels for line in lines.values() for seeds in line.values()]
+    seeds = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    figure.suptitle(f"accuracy against the length of fine-tuning, mean ± standard deviation of {seeds} seeds")
+    for axis, (title, lines) in zip(axes.flat, panels):
+        for key in sorted(lines, key=list(LOOKS).index):
+            plot(axis, {x: [*seeds.values()] for x, seeds in lines[key].items()}, *LOOKS[key])
+        axis.set(title=title, xscale="log", ylabel="test top-1 (%)", xlabel="epochs")
+        axis.set_xticks(sorted({x for line in lines.values() for x in line}))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
+    handles = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

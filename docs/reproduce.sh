@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# reproduce.sh – the runs behind the tables of docs/results.md, five seeds each.
+# reproduce.sh – the runs behind the tables of docs/results.md.
 #
 #   bash docs/reproduce.sh                          prints the sections and roughly how long each takes
 #   bash docs/reproduce.sh SECTION [key=value …]    runs one; data.root=FOLDER etc. go to every command
@@ -31,10 +31,17 @@ meta_and_teacher() {  # what students of one seed share
   stage assemble.py "$@" role=teacher && stage finetune.py "$@" role=teacher &&
   stage evaluate.py "$@" role=all
 }
+lengths() {  # RUN BASE EPOCHS WORD …: the modules of RUN and RUN-alpha0 fine-tuned, and the same end to end
+  local run=$1 base=$2 epochs=$3
+  student "${@:4}" "share=[$run,$base]" output_dir=$run-f$epochs train.student.epochs=$epochs
+  student "${@:4}" "share=[$run-alpha0,$base]" output_dir=$run-alpha0-f$epochs distill.alpha=0 \
+    train.student.epochs=$epochs
+  whole "${@:4}" share=$base output_dir=$run-b$epochs role=baseline train.baseline_epochs=$epochs
+}
 
-# results.md, "Glyphs" and "Accuracy against the length of fine-tuning"
+# results.md, "Glyphs", and its curves in "Accuracy against the length of fine-tuning"
 glyphs() {
-  local seed kind base run shared paper lengths epochs
+  local seed kind base run shared paper more epochs
   for seed in 30 31 32 33 34 35 36 37 38 39; do for kind in nac vmoe; do
     # Meta model and teacher are trained once a seed, in the NAC's run, and shared with the V-MoE.
     base=runs/demo_nac-s$seed  run=runs/demo_$kind-s$seed
@@ -48,14 +55,11 @@ glyphs() {
     # A V-MoE's codes and stitches need no change to be as published.
     if [ $kind = nac ]; then paper="distill.codes=original assemble.stitches=drop"; else paper=; fi
     student $shared output_dir=$run-paper distill.reduction=mean $paper
-    # Three seeds for other lengths of fine-tuning, the longest of the baseline for all five
-    case $kind in nac) lengths="12 24" epochs=24;; vmoe) lengths=32 epochs=32;; esac
+    # Three seeds for the other lengths, five for the longer baseline of the first table
+    case $kind in nac) epochs=24 more="12 24 48";; vmoe) epochs=32 more="32 64";; esac
     whole $shared output_dir=$run-b$epochs role=baseline train.baseline_epochs=$epochs
     [ $seed -lt 33 ] || continue
-    for epochs in $lengths; do
-      student $shared "share=[$run,$base]" output_dir=$run-f$epochs train.student.epochs=$epochs
-      whole $shared output_dir=$run-b$epochs role=baseline train.baseline_epochs=$epochs
-    done
+    for epochs in $more; do lengths $run $base $epochs $shared; done
   done; done
 }
 
@@ -71,6 +75,19 @@ transfer() {
     whole $shared output_dir=$to role=baseline
     student $shared "share=[$run-alpha0,$base]" output_dir=$to-alpha0 distill.alpha=0
     whole $shared output_dir=$to-pretrained student.start=$run-b$epochs/baseline.pt $drop
+  done; done
+}
+
+# results.md, "Sparse upcycling": a dense ViT of the student's shape, for as many multiply-adds as meta model,
+# teacher and modules take together, and a V-MoE from it
+upcycling() {
+  local seed epochs dense config
+  for seed in 30 31 32; do for epochs in 32 164; do
+    dense=runs/demo_dense-s$seed-m$epochs  config="--config configs/demo_vmoe.yaml seed=$seed"
+    whole $config output_dir=$dense role=meta train.meta.epochs=$epochs meta.width=48 teacher.width=48 \
+      meta.mlp_ratio=1 meta.init_std=0.03
+    python docs/upcycle.py $config dense=$dense/meta.pt out=$dense/upcycled.pt
+    whole $config output_dir=runs/demo_vmoe-s$seed-upcycled-m$epochs student.start=$dense/upcycled.pt
   done; done
 }
 
@@ -97,6 +114,16 @@ fashion() {
       student $shared "share=[$run,$base]" output_dir=$run-f$epochs train.student.epochs=$epochs
     done
   done; done
+}
+
+# results.md, "Accuracy against the length of fine-tuning" on Fashion-MNIST, after fashion.
+# (The loops have α = 0 at all lengths, the table has it at some.)
+fashion_lengths() {
+  local seed kind epochs
+  for seed in 3 4 5; do for kind in nac vmoe; do for epochs in 12 24 48; do
+    lengths runs/fashion_$kind-s$seed runs/fashion_nac-s$seed $epochs \
+      --config configs/fashion_$kind.yaml seed=$seed few_shot.set=null
+  done; done; done
 }
 
 # results.md, "What does the teacher add?": the first three tables, without the rows of section states
@@ -227,15 +254,19 @@ END
 }
 
 case $section in
-  glyphs | transfer | fashion | few_labels | states | one_thing | inside) "$section" ;;
+  glyphs | upcycling | transfer | fashion | fashion_lengths | few_labels | states | one_thing | inside)
+    "$section"
+    ;;
   *)
     cat <<'END'
 bash docs/reproduce.sh SECTION [key=value …]
 
 section           about, on one CPU core
-glyphs            3 hours       m2mKD against its baselines on glyphs, and for other lengths
+glyphs            4.5 hours     m2mKD against its baselines on glyphs, and for other lengths
+upcycling         20 minutes    a V-MoE from a dense ViT, against the one of glyphs
 transfer          30 minutes    from glyphs to other letters; needs glyphs
 fashion           2 hours       m2mKD against its baselines on Fashion-MNIST
+fashion_lengths   1.5 hours     the same for other lengths of fine-tuning; needs fashion
 few_labels        4 hours       500 labels and a teacher of 30,000 others
 states            20 minutes    with the teacher's states; needs few_labels and docs/extend.md's patch
 one_thing         1.5 hours     100 or 2,000 labels, or a teacher of 4,000; needs few_labels
