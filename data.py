@@ -16,6 +16,7 @@ import gc
 import gzip
 import math
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import random
 import signal
@@ -91,6 +92,10 @@ class Setup(NamedTuple):
 def setup(device="auto"):
     """Device and process group of this process. A collective that waits longer than PATIENCE fails."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    complete = world == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not (0 <= rank < world and complete):
+        raise UserError(f"RANK={rank}, WORLD_SIZE={world}, MASTER_ADDR and MASTER_PORT are not complete: "
+                        "start with torchrun.")
     works = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         # Apple's GPU serves one process only: torch.distributed has no backend for it.
@@ -108,8 +113,6 @@ def setup(device="auto"):
         # TF32 for float32 products: three times the speed. The NAC's distance stays exact (models.distance).
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError("WORLD_SIZE is above 1, but there is no MASTER_ADDR: start with torchrun.")
         # After a restart torchrun's store still holds the old addresses: each attempt gets keys of its own.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
@@ -424,7 +427,11 @@ class _Views(Dataset):
         except UserError as error:
             # Raised here, the sentence would be buried in a traceback of the loader's: _read raises it.
             return error
-        return torch.from_numpy(views).permute(0, 3, 1, 2).contiguous()  # B H W 3 -> B 3 H W
+        views = torch.from_numpy(views).permute(0, 3, 1, 2).contiguous()  # B H W 3 -> B 3 H W
+        try:  # here, because the thread that sends it would lose the batch without a word
+            return views.share_memory_() if torch.utils.data.get_worker_info() else views
+        except RuntimeError as error:
+            return UserError(f"/dev/shm is too small ({error}); data.workers=0 does without it.")
 
 
 class _Requests:
@@ -458,6 +465,8 @@ def _read(batches, options, view, device):
     loader.sampler.items = ((images, options, view) for images in batches)
     # Workers inherit a blocked SIGTERM. A scheduler sends it to all processes of a job, and the one that
     # trains needs its workers until it has saved.
+    if loader.num_workers and multiprocessing.get_start_method() != "fork":
+        multiprocessing.resource_tracker.ensure_running()  # its start would unblock SIGTERM
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     views = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -839,6 +848,8 @@ def _robustness(folder, names):
                         f"for example {names[0]!r}; rename its folders.")
     imageset = _read_folders(folder, found, names, complete=False)
     imageset.present = imageset.labels.unique()
+    if len(imageset.present) < 2:
+        raise UserError(f"data.robustness={folder} has images of {len(imageset.present)} classes only.")
     return imageset
 
 

@@ -1197,7 +1197,8 @@ class Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-for tag, pattern in {"null": "~|null|", "bool": "true|false", "int": r"[-+]?(0|[1-9]\d*)",
+for tag, pattern in {"null": "~|[Nn]ull|NULL|", "bool": "[Tt]rue|TRUE|[Ff]alse|FALSE", "merge": "<<",
+                     "int": r"[-+]?(0|[1-9]\d*)",
                      "float": r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)|\.nan"}.items():
     Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({pattern})$"), None)
 
@@ -1221,7 +1222,8 @@ def load_config(path, overrides=(), weights=()):
     except (OSError, AttributeError, RecursionError) as e:
         raise UserError(f"config {path} is not a readable file of keys: {e}.") from None
     # An emptied block means its defaults.
-    chosen = {key: value for key, value in chosen.items() if value is not None or key in KEYS}
+    chosen = {key: value for key, value in chosen.items()
+              if value is not None or not any(name.startswith(f"{key}.") for name in KEYS)}
     overridden = set()
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -1305,6 +1307,7 @@ def check_fit(c):
         require(not m["experts"] or m["top_k"] <= m["experts"], f"{role}.top_k={m['top_k']} exceeds experts.")
         require(max(m["moe_blocks"] or [0]) < sum(m["depths"]), f"{role}.moe_blocks exceeds {name}.")
     few = c["few_shot"]
+    require(few["shots"], "few_shot.shots is empty.")
     require(few["set"] or not few["root"], "few_shot.root needs few_shot.set=folder (or cub, imagenet, …).")
     a, b = c["teacher"]["width"], c["meta"]["width"]
     both = c["teacher"]["checkpoint"] and c["teacher"]["start"]
@@ -1394,7 +1397,7 @@ def run(main):
         if isinstance(e, RuntimeError) and not re.search("alloc|compiler|DataLoader worker", text):
             raise
         if "DataLoader worker" in text:
-            text += (" If memory ran out, a smaller batch or fewer data.workers help; "
+            text = text.rstrip(".") + (". If memory ran out, a smaller batch or fewer data.workers help; "
                      "if /dev/shm is small (a container), data.workers=0.")
         # In every process, because the bad image may be in this one's share.
         print("error:", text, file=sys.stderr)
@@ -1616,7 +1619,7 @@ def check_inputs(config, dry=False):
 def check_sets(config, dry=False):
     """Lists every set that will be evaluated, so that what is wrong with one is said before training."""
     few = config["few_shot"]
-    if few["set"] not in (None, *data.DRAWN) and (not dry or os.path.isdir(few["root"])):
+    if few["set"] and (not dry or few["set"] in data.DRAWN or os.path.isdir(few["root"])):
         shots, labels = max(few["shots"]), data.few_shot_set(config).labels.numpy()
         data.episodes(labels, few["ways"], shots, 3 * shots, 1, 0)
     trained = [name for script, _, name in stages(config) if script != "assemble.py"]
@@ -1872,13 +1875,13 @@ class Stage:
         self.optimizers = {i: optimizer(module, c) for i, module in modules.items()}
         self.settings = {**settings(config, name), "processes": process.world}
         check_inputs(config)
-        begin(config, process)
         # One pass over several modules has one checkpoint; a job for one module has its own.
         file = Path(config["output_dir"], next(iter(files.values())))
         self.path = file.with_suffix(".unfinished.pt") if len(files) == 1 else file.with_name("unfinished.pt")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.path.with_suffix(".lock")) if process.rank == 0 else None
         self.number = self.resume() if self.path.exists() else 0
+        begin(config, process)
         self.writer, self.written = ThreadPoolExecutor(1), None
         for module in modules.values() if config["compile"] else ():
             module.compile()
@@ -2044,6 +2047,7 @@ class Stage:
                 save_finished(self.config, self.name, file, state, self.images.class_names)
             self.path.unlink(missing_ok=True)
             self.path.with_suffix(".lock").unlink(missing_ok=True)
+            self.lock and self.lock.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

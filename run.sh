@@ -7,7 +7,7 @@
 #
 # A stage that is finished is skipped and an unfinished one goes on, so starting this again after a kill is always right.
 set -euo pipefail
-case ${1:---help} in -*) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit $(( $# == 0 ? 2 : 0 )); esac
+case ${1:---help} in -*) sed -n '2,8s/^# \{0,1\}//p' "$0"; case ${1:-} in -h | --help) exit 0 ;; esac; exit 2 ;; esac
 config=$1; shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=$(command -v python || command -v python3)

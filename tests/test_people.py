@@ -327,3 +327,44 @@ def test_bfloat16_on_a_processor_without_units_for_it_is_said(tmp_path, monkeypa
         data.note.cache_clear()
         models.command_line("", ("student",))
         assert ("bfloat16" in capsys.readouterr().err) == (said and not torch.cuda.is_available())
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+    {"WORLD_SIZE": "2", "RANK": "-1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+    {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, {"WORLD_SIZE": "0"}, {"RANK": "1"}])
+def test_an_incomplete_launch_is_one_sentence(monkeypatch, environment):
+    for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(models.UserError, match="start with torchrun"):
+        data.setup("cpu")
+
+
+def test_yaml_knows_true_null_and_merges_and_a_misspelled_empty_key_is_named(tmp_path):
+    (tmp_path / "c.yaml").write_text("compile: True\noutput_dir: Null\ntrain:\n  meta: &m {epochs: 3}\n"
+                                     "  teacher: {<<: *m, lr: 0.1}\n  student:\n")
+    config = models.load_config(tmp_path / "c.yaml")
+    assert config["compile"] is True and config["output_dir"] == "runs/c"
+    assert config["train"]["teacher"]["epochs"] == 3 and config["train"]["teacher"]["lr"] == 0.1
+    (tmp_path / "c.yaml").write_text("data:\n  flop:\n")
+    with pytest.raises(models.UserError, match="data.flop is not a key"):
+        models.load_config(tmp_path / "c.yaml")
+
+
+def test_a_refused_job_leaves_the_runs_config_alone(tmp_path):
+    path = write_config(tmp_path)
+    run("finetune", path, "role=meta", before=lambda: setattr(models.Stage, "finish", models.Stage.wait))
+    before = (tmp_path / "run/config.yaml").read_text()
+    run("finetune", path, "role=meta", "train.meta.lr=0.5", expect=2)
+    assert (tmp_path / "run/config.yaml").read_text() == before
+
+
+def test_a_robustness_set_without_images_is_refused(tmp_path):
+    root = folder_set(tmp_path / "set")
+    (tmp_path / "r/a").mkdir(parents=True)
+    (tmp_path / "r/b").mkdir()
+    shutil.copy(root / "val/a/0.png", tmp_path / "r/a/0.png")
+    with pytest.raises(models.UserError, match="images of 1 classes"):
+        data._robustness(tmp_path / "r", ["a", "b"])
