@@ -1197,8 +1197,7 @@ class Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-for tag, pattern in {"null": "~|[Nn]ull|NULL|", "bool": "[Tt]rue|TRUE|[Ff]alse|FALSE", "merge": "<<",
-                     "int": r"[-+]?(0|[1-9]\d*)",
+for tag, pattern in {"null": "~|null|", "bool": "true|false", "int": r"[-+]?(0|[1-9]\d*)",
                      "float": r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)|\.nan"}.items():
     Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({pattern})$"), None)
 
