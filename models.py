@@ -2046,7 +2046,7 @@ class Stage:
                 save_finished(self.config, self.name, file, state, self.images.class_names)
             self.path.unlink(missing_ok=True)
             self.path.with_suffix(".lock").unlink(missing_ok=True)
-            self.lock and self.lock.close()
+            self.lock.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
