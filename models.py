@@ -1791,9 +1791,18 @@ def frozen(config, role, process, target=None):
     """The finished meta model or teacher, for `target`'s images, in evaluation mode and without gradients."""
     model = build(target or config, role)
     load_weights(model, weights_of(config, role))
-    for part in model.parts if config["compile"] else ():
-        part.compile()
+    if config["compile"]:
+        compile_each(model.parts)
     return model.to(process.device).requires_grad_(False).eval()
+
+
+def compile_each(modules):
+    """torch.compile of each, in place."""
+    # One forward() is compiled anew for every depth, place, batch size and gradient mode. After eight times
+    # torch would run the rest uncompiled, which ten modules and their hybrids reach.
+    torch._dynamo.config.recompile_limit = 64
+    for module in modules:
+        module.compile()
 
 
 def begin(config, process):
@@ -1882,8 +1891,8 @@ class Stage:
         self.number = self.resume() if self.path.exists() else 0
         begin(config, process)
         self.writer, self.written = ThreadPoolExecutor(1), None
-        for module in modules.values() if config["compile"] else ():
-            module.compile()
+        if config["compile"]:
+            compile_each(modules.values())
         self.ddp = {i: self.distributed(module) for i, module in modules.items()}
         several = [i for i in modules if name in ("incubate", "distill")]
         self.macs = cost(config, name, several)[2] if process.rank == 0 else 0

@@ -240,6 +240,29 @@ def test_an_epoch_of_three_passes_sees_each_image_of_its_range_three_times(tmp_p
     assert counts.tolist() == [3] * 20
 
 
+def test_ten_modules_and_their_hybrids_are_all_compiled(monkeypatch):
+    """Depths differ, some are frozen, some run without gradients: more graphs than torch makes by default."""
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="eager"))
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    student, meta, teacher = (models.ViT(16, 8, 8, 2, depths, 3, mlp_ratio=1).train(i == 0)
+                              for i, depths in enumerate([[1] * 10, [1] * 10, [2] + [1] * 8 + [2]]))
+    for whole in (student, meta.requires_grad_(False), teacher.requires_grad_(False)):
+        models.compile_each(whole.parts)
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        hidden = meta.hidden_states(images)
+    for i, module in enumerate(student.parts):
+        meta.rest(i + 1, module(hidden[i])).sum().backward()
+        with torch.no_grad():
+            meta.rest(i + 1, teacher.parts[i](hidden[i]))
+            meta.rest(i + 1, module.eval()(hidden[i][:1]))
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] > 8
+    assert not torch._dynamo.utils.counters["unimplemented"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("student", STUDENTS)
 def test_compiled_every_stage_trains_to_the_same_weights(tmp_path, student):

@@ -1,0 +1,104 @@
+"""On a GPU, against the CPU; skipped where there is none.
+
+  - Models give a CPU's outputs and gradients, in float32 and in bfloat16, mixtures with idle experts too.
+  - A training step waits for nothing.
+  - A run that is killed and goes on ends with the weights of an unbroken one.
+"""
+
+import os
+import re
+import sys
+
+import pytest
+import torch
+
+import literal
+import models
+from conftest import ROOT
+from test_runs import PIPELINE, STUDENTS, shell, stopped, weights, write_config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+MODELS = {
+    "ViT": lambda: models.ViT(32, 8, 64, 4, [2, 2], 10),
+    "V-MoE": lambda: models.ViT(32, 8, 64, 4, [2, 2], 10, moe={"experts": 8}),
+    # A read-in of 320 channels, more than fused attention's 256
+    "NAC": lambda: models.NAC(64, 128, 4, 32, (16, 32, 8), 2, 10),
+    "mixture": lambda: models.MoE(64, 128, 8),
+}
+
+
+def gradients(model, x, device, bf16):
+    """Output and gradients of all parameters, as float64 on the CPU."""
+    model, x = model.to(device).eval(), x.to(device).requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        out = model(x)
+    (out.float().square().sum() / 100).backward()
+    found = {"output": out, "input": x.grad, **{n: p.grad for n, p in model.named_parameters()}}
+    return {name: torch.zeros(()) if g is None else g.detach().double().cpu() for name, g in found.items()}
+
+
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-4), (True, 0.06)])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_are_those_of_a_cpu(name, bf16, tolerance):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    x = torch.randn(4, 64, 64) if name == "mixture" else torch.randn(4, 3, *[64 if name == "NAC" else 32] * 2)
+    if name == "mixture":
+        model.apply(lambda m: models.init_linear(m, 0.1)).router.bias.data[:2] = 100  # six experts get nothing
+    here = gradients(model, x, "cpu", False)
+    there = gradients(model, x, "cuda", bf16)
+    whole, apart = (sum(part.square().sum() for part in parts) for parts in (
+        here.values(), (here[name] - there[name] for name in here)))
+    for part in ("output", "input"):
+        assert (here[part] - there[part]).norm() < tolerance * here[part].norm(), part
+    assert apart.sqrt() < tolerance * whole.sqrt()
+    if name == "mixture":
+        assert not there["fc1_weight"][2:].any() and not there["fc2_bias"][2:].any()
+
+
+WAITS = ("import runpy, sys, torch; torch.cuda.set_sync_debug_mode('warn'); sys.argv = sys.argv[1:]; "
+         "runpy.run_path(sys.argv[0], run_name='__main__')")
+
+
+def waits(path, script, role, *words):
+    """Runs a stage -> {line of the code: how often the processor waited for the GPU there}."""
+    done = shell(sys.executable, "-W", "always", "-c", WAITS, f"{script}.py", "--config", path, f"role={role}", *words)
+    assert done.returncode == 0, done
+    lines = re.findall(r"(\S+\.py:\d+): UserWarning: called a synchronizing", done.stderr)
+    return {line: lines.count(line) for line in lines}
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_training_step_waits_for_nothing(tmp_path, student):
+    """An epoch of twice as many steps waits as often."""
+    words = ["device=cuda", "precision=bfloat16", "train.*.epochs=1", "data.erasing=0.5"]
+    for script, role in (PIPELINE[0], *PIPELINE[4:7]):
+        found = []
+        for images in (67, 131):  # 4 steps and 8, of two batches each
+            path = write_config(tmp_path / str(images), student)
+            if role == "student":  # the meta model teaches
+                words += [f"teacher.checkpoint={tmp_path / str(images)}/run/meta.pt", "teacher.depths=[1,1,1]"]
+            found.append(waits(path, script, role, *words, f"data.train_images={images}"))
+        print(script, role, found)
+        assert found[0] == found[1], (script, role)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, student):
+    """Each stage is stopped after its first epoch by a signal, and started again."""
+    names = ("broken", "unbroken")
+    paths = {name: write_config(tmp_path / name, student) for name in names}
+    for script, role in (PIPELINE[0], PIPELINE[4]):
+        for name in names:
+            line = [sys.executable, f"{script}.py", "--config", paths[name], f"role={role}", "device=cuda",
+                    "train.*.epochs=4", "distill.alpha=0"]
+            if name == "broken":
+                text, code = stopped(line, os.kill)
+                assert code == 143, text
+            assert (done := shell(*line)).returncode == 0, done
+            assert ("resumed at step" in done.stdout) == (name == "broken")
+    for file in ("meta.pt", *(f"student_modules/{i}.pt" for i in range(3))):
+        broken, unbroken = (weights(tmp_path / name / "run" / file) for name in names)
+        assert torch.equal(broken, unbroken), (file, (broken - unbroken).abs().max())
