@@ -1058,7 +1058,7 @@ class Run:
     share: list[str] | str | None = None  # other runs' folders, whose finished stages are taken
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs that have it
-    compile: bool = False  # torch.compile of what is trained: worth its minutes on a GPU only
+    compile: bool = False  # torch.compile of all blocks: worth its minutes on a GPU only
 
 
 class Vit:
@@ -1792,17 +1792,17 @@ def frozen(config, role, process, target=None):
     model = build(target or config, role)
     load_weights(model, weights_of(config, role))
     if config["compile"]:
-        compile_each(model.parts)
+        compile_blocks(model)
     return model.to(process.device).requires_grad_(False).eval()
 
 
-def compile_each(modules):
-    """torch.compile of each, in place."""
-    # One forward() is compiled anew for every depth, place, batch size and gradient mode. After eight times
-    # torch would run the rest uncompiled, which ten modules and their hybrids reach.
-    torch._dynamo.config.recompile_limit = 64
-    for module in modules:
-        module.compile()
+def compile_blocks(model):
+    """torch.compile of the blocks of a model or a module, in place. Equal blocks share one compilation."""
+    # Of whole modules every depth and place would be compiled for itself. That takes longer, and after eight
+    # times torch gives up and runs the rest uncompiled.
+    for block in model.modules():
+        if isinstance(block, (Block, Tokenizer, ReadIn, Propagator, ReadOut)):
+            block.compile()
 
 
 def begin(config, process):
@@ -1891,8 +1891,8 @@ class Stage:
         self.number = self.resume() if self.path.exists() else 0
         begin(config, process)
         self.writer, self.written = ThreadPoolExecutor(1), None
-        if config["compile"]:
-            compile_each(modules.values())
+        for module in modules.values() if config["compile"] else ():
+            compile_blocks(module)
         self.ddp = {i: self.distributed(module) for i, module in modules.items()}
         several = [i for i in modules if name in ("incubate", "distill")]
         self.macs = cost(config, name, several)[2] if process.rank == 0 else 0

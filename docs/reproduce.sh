@@ -63,6 +63,18 @@ glyphs() {
   done; done
 }
 
+# results.md, "On a GPU": the demos there
+gpu() {
+  local seed kind precision base shared
+  overrides[0]=device=cuda
+  for seed in 30 31 32; do for precision in float32 bfloat16; do for kind in nac vmoe; do
+    base=runs/demo_nac-gpu-$precision-s$seed
+    mkdir -p "$base"
+    bash run.sh configs/demo_$kind.yaml seed=$seed share=$base output_dir=runs/demo_$kind-gpu-$precision-s$seed \
+      precision=$precision few_shot.set=null "${overrides[@]}"
+  done; done; done
+}
+
 # results.md, "Whose gain is it?", after glyphs
 transfer() {
   local seed kind base run to drop epochs
@@ -272,7 +284,8 @@ END
 }
 
 case $section in
-  glyphs | upcycling | transfer | fashion | fashion_lengths | fashion_all | few_labels | states | one_thing | inside)
+  glyphs | gpu | upcycling | transfer | fashion | fashion_lengths | fashion_all | few_labels | states | one_thing | \
+    inside)
     "$section"
     ;;
   *)
@@ -281,6 +294,7 @@ bash docs/reproduce.sh SECTION [key=value …]
 
 section           about, on one CPU core
 glyphs            4.5 hours     m2mKD against its baselines on glyphs, and for other lengths
+gpu               40 minutes    the demos on a GPU (the time is of one GPU and one core)
 upcycling         20 minutes    a V-MoE from a dense ViT, against the one of glyphs
 transfer          30 minutes    from glyphs to other letters; needs glyphs
 fashion           2 hours       m2mKD against its baselines on Fashion-MNIST

@@ -300,7 +300,8 @@ def test_a_bad_list_of_cub_is_one_sentence(here, capsys, name, line):
 @pytest.mark.parametrize("content", [
     b"", b"no gzip", gzip.compress(b"\0\0\x08\3short"), gzip.compress(b"x" * 2000),
     gzip.compress(b"\0\0\x08\3" + np.array([5, 28, 28], ">i4").tobytes() + b"1" * 99),
-    gzip.compress(os.urandom(5000))[:-400]])
+    gzip.compress(os.urandom(5000))[:-400],
+], ids=["empty", "no gzip", "short", "no idx", "too few", "cut off"])
 def test_a_bad_idx_file_is_one_sentence(here, capsys, content):
     for name in ("images-idx3", "labels-idx1"):
         (here / f"train-{name}-ubyte.gz").write_bytes(content)

@@ -56,7 +56,8 @@ def test_every_command_of_reproduce_sh_has_a_config_that_is_accepted(tmp_path, m
     stubs += "mkdir() { :; }\ngrep() { :; }\n"
     script = script.replace("set -euo pipefail\n", "set -euo pipefail\n" + stubs, 1)
     sections = re.findall(r"^(\w+)\(\) \{  ?(?:#.*)?$|^(\w+)\(\) \{$", script, re.M)
-    for section in re.search(r"^  ([\w |]+)\)\s+\"\$section\"", script, re.M)[1].split(" | "):
+    names = re.search(r"^  ([\w |\\\n]+)\)\s+\"\$section\"", script, re.M)[1]
+    for section in re.findall(r"\w+", names):
         assert section in {name for pair in sections for name in pair}
         subprocess.run(["bash", "-c", script, str(ROOT / "docs/reproduce.sh"), section], cwd=ROOT, check=True)
     commands = set(re.findall(r"^.* seed=(?:1|3|30) .*$", (tmp_path / "all").read_text(), re.M))

@@ -12,25 +12,24 @@ import sys
 import pytest
 import torch
 
-import literal
 import models
-from conftest import ROOT
 from test_runs import PIPELINE, STUDENTS, shell, stopped, weights, write_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-MODELS = {
-    "ViT": lambda: models.ViT(32, 8, 64, 4, [2, 2], 10),
-    "V-MoE": lambda: models.ViT(32, 8, 64, 4, [2, 2], 10, moe={"experts": 8}),
+MODELS = {  # and their inputs
+    "ViT": (lambda: models.ViT(32, 8, 64, 4, [2, 2], 10), (4, 3, 32, 32)),
+    "V-MoE": (lambda: models.ViT(32, 8, 64, 4, [2, 2], 10, moe={"experts": 8}), (4, 3, 32, 32)),
     # A read-in of 320 channels, more than fused attention's 256
-    "NAC": lambda: models.NAC(64, 128, 4, 32, (16, 32, 8), 2, 10),
-    "mixture": lambda: models.MoE(64, 128, 8),
+    "NAC": (lambda: models.NAC(64, 128, 4, 32, (16, 32, 8), 2, 10), (4, 3, 64, 64)),
+    "mixture": (lambda: models.MoE(64, 128, 8), (4, 64, 64)),
 }
 
 
 def gradients(model, x, device, bf16):
-    """Output and gradients of all parameters, as float64 on the CPU."""
-    model, x = model.to(device).eval(), x.to(device).requires_grad_()
+    """Output and gradients of the input and of all parameters, as float64 on the CPU."""
+    model, x = model.to(device).eval(), x.detach().to(device).requires_grad_()
+    model.zero_grad()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         out = model(x)
     (out.float().square().sum() / 100).backward()
@@ -43,16 +42,17 @@ def gradients(model, x, device, bf16):
 def test_outputs_and_gradients_are_those_of_a_cpu(name, bf16, tolerance):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    model = MODELS[name]()
-    x = torch.randn(4, 64, 64) if name == "mixture" else torch.randn(4, 3, *[64 if name == "NAC" else 32] * 2)
+    make, shape = MODELS[name]
+    model, x = make(), torch.randn(shape)
     if name == "mixture":
-        model.apply(lambda m: models.init_linear(m, 0.1)).router.bias.data[:2] = 100  # six experts get nothing
+        model.apply(lambda m: models.init_linear(m, 0.1))
+        model.router.bias.data[:2] = 100  # six experts get nothing
     here = gradients(model, x, "cpu", False)
     there = gradients(model, x, "cuda", bf16)
-    whole, apart = (sum(part.square().sum() for part in parts) for parts in (
-        here.values(), (here[name] - there[name] for name in here)))
     for part in ("output", "input"):
         assert (here[part] - there[part]).norm() < tolerance * here[part].norm(), part
+    whole = sum(part.square().sum() for part in here.values())
+    apart = sum((here[part] - there[part]).square().sum() for part in here)
     assert apart.sqrt() < tolerance * whole.sqrt()
     if name == "mixture":
         assert not there["fc1_weight"][2:].any() and not there["fc2_bias"][2:].any()
@@ -62,9 +62,9 @@ WAITS = ("import runpy, sys, torch; torch.cuda.set_sync_debug_mode('warn'); sys.
          "runpy.run_path(sys.argv[0], run_name='__main__')")
 
 
-def waits(path, script, role, *words):
+def waits(script, *words):
     """Runs a stage -> {line of the code: how often the processor waited for the GPU there}."""
-    done = shell(sys.executable, "-W", "always", "-c", WAITS, f"{script}.py", "--config", path, f"role={role}", *words)
+    done = shell(sys.executable, "-W", "always", "-c", WAITS, f"{script}.py", *words)
     assert done.returncode == 0, done
     lines = re.findall(r"(\S+\.py:\d+): UserWarning: called a synchronizing", done.stderr)
     return {line: lines.count(line) for line in lines}
@@ -77,11 +77,11 @@ def test_a_training_step_waits_for_nothing(tmp_path, student):
     for script, role in (PIPELINE[0], *PIPELINE[4:7]):
         found = []
         for images in (67, 131):  # 4 steps and 8, of two batches each
-            path = write_config(tmp_path / str(images), student)
+            folder = tmp_path / str(images)
+            path = write_config(folder, student)
             if role == "student":  # the meta model teaches
-                words += [f"teacher.checkpoint={tmp_path / str(images)}/run/meta.pt", "teacher.depths=[1,1,1]"]
-            found.append(waits(path, script, role, *words, f"data.train_images={images}"))
-        print(script, role, found)
+                words += [f"teacher.checkpoint={folder}/run/meta.pt", "teacher.depths=[1,1,1]"]
+            found.append(waits(script, "--config", path, f"role={role}", *words, f"data.train_images={images}"))
         assert found[0] == found[1], (script, role)
 
 
@@ -101,4 +101,4 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, student):
             assert ("resumed at step" in done.stdout) == (name == "broken")
     for file in ("meta.pt", *(f"student_modules/{i}.pt" for i in range(3))):
         broken, unbroken = (weights(tmp_path / name / "run" / file) for name in names)
-        assert torch.equal(broken, unbroken), (file, (broken - unbroken).abs().max())
+        assert torch.equal(broken, unbroken), file
