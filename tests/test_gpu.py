@@ -81,7 +81,8 @@ def test_a_training_step_waits_for_nothing(tmp_path, student):
             path = write_config(folder, student)
             if role == "student":  # the meta model teaches
                 words += [f"teacher.checkpoint={folder}/run/meta.pt", "teacher.depths=[1,1,1]"]
-            found.append(waits(script, "--config", path, f"role={role}", *words, f"data.train_images={images}"))
+            number = f"data.train_images={images}"
+            found.append(waits(script, "--config", path, f"role={role}", *words, number))
         assert found[0] == found[1], (script, role)
 
 
