@@ -188,12 +188,7 @@ def load(config, split, stage=None):
     """
     options = config["data"]
     if split in ("test", "renditions"):
-        test, count = _pool(options, "test"), options["test_images"]
-        if count > len(test):
-            raise UserError(f"data.test_images={count} exceeds the {len(test)} test images; 0 takes all.")
-        # The same subset for every seed, so that seeds are compared on the same images.
-        if 0 < count < len(test):
-            test = test.take(np.sort(np.random.default_rng(0).permutation(len(test))[:count]))
+        test = _some(_pool(options, "test"), options["test_images"])
         return renditions(test) if split == "renditions" else test
     if split not in ("train", "validation"):
         return _robustness(Path(split), class_names(options))
@@ -216,6 +211,15 @@ def load(config, split, stage=None):
         raise UserError(f"train.{stage}.images=[{first}, {stop}] is not a range within the {len(order)} "
                         "training images; choose 0 <= first < stop <= that number.")
     return pool.take(np.tile(order[first:stop], settings["passes"]))
+
+
+def _some(test, count):
+    """`count` of the test images, or all for 0. The same ones for every seed, to compare seeds on them."""
+    if count > len(test):
+        raise UserError(f"data.test_images={count} exceeds the {len(test)} test images; 0 takes all.")
+    if not 0 < count < len(test):
+        return test
+    return test.take(np.sort(np.random.default_rng(0).permutation(len(test))[:count]))
 
 
 def held_out(options, pool):
@@ -318,7 +322,7 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
 def _crop_and_flip(pool, indices, options, rng, total, own):
     """Images `indices` of the pool, moved by up to ±pad pixels (edges repeated) and flipped. uint8 B 3 H W"""
     pad, (height, width) = options["pad"], pool.shape[-2:]
-    # Drawn for all `total` images of the global batch, of which this process has the rows `own`.
+    # Every process draws for all images of a step, `total`, and takes its own rows.
     dy, dx = (rng.integers(-pad, pad + 1, total)[own] for _ in range(2))
     flipped = (rng.random(total) < options["flip"])[own]
     # Shift and flip only say which row and column each pixel comes from, so one indexing operation does both,
@@ -865,7 +869,7 @@ def few_shot_set(config):
         root = _root(options)
         folder = next((folder for folder in (root / "test", root / "val") if folder.is_dir()), root)
         names = _class_folders(folder)
-        return _read_folders(folder, names, names)
+        return _some(_read_folders(folder, names, names), f["images"])
     except UserError as e:
         text = str(e).replace("data.test_images", "few_shot.images").replace("data.", "few_shot.")
         raise UserError(text) from None

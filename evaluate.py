@@ -13,6 +13,7 @@ only printed. Every image of a set counts once, however many processes share it.
 not the best on the way.
 """
 
+import fcntl
 import json
 import re
 import statistics
@@ -44,7 +45,7 @@ def main():
         return classify(args.image, args.checkpoint or models.weights_of(config, args.role), process)
     if not Path(config["output_dir"], "config.yaml").exists():  # of a run: how it was trained
         models.begin(config, process)
-    # `all` means all there is: a run whose baseline is still training has fewer.
+    # role=all scores the models that are there: the baseline may still be training.
     given = [role for role in ("meta", "teacher") if config[role]["checkpoint"]]
     for role in STAGES if args.role == "all" else [args.role]:
         if args.role == "all" and role not in given and not models.finished(config, role, f"{role}.pt"):
@@ -121,9 +122,9 @@ def classify(files, path, process):
 
 
 def few_shot(model, config, process):
-    """Yields accuracies on classes that the model has not seen, mean and 95 % interval over episodes.
+    """Yields accuracies on classes that the model has not seen: means over episodes, with 95 % intervals.
 
-    A few images of each class are labeled; a linear classifier is trained on frozen features of these.
+    In an episode a few images of each class have labels, and a linear classifier learns from their features.
     """
     f, images = config["few_shot"], data.few_shot_set(config)
     # The model is frozen, so each image goes through it once and serves all episodes.
@@ -188,8 +189,10 @@ def linear_probe(support, query, ways):
 def keep(path, result):
     """Adds a result to results.json, in place of an older one of the same role, set and number of images."""
     key = ("role", "set", "images")
-    others = [r for r in read_results(path) if [r[k] for k in key] != [result[k] for k in key]]
-    models.write(path, lambda file: file.write(json.dumps([*others, result], indent=1).encode()))
+    with open(path.with_name("config.yaml")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation of this run may add its own
+        others = [r for r in read_results(path) if [r[k] for k in key] != [result[k] for k in key]]
+        models.write(path, lambda file: file.write(json.dumps([*others, result], indent=1).encode()))
 
 
 def read_results(path):

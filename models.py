@@ -128,8 +128,7 @@ class MoE(nn.Module):
         if self.training and self.balance:
             # V-MoE's noise ε ~ N(0, 1/E²): an expert that is nearly as good is tried too, and learns.
             logits = clean + torch.randn_like(clean) / E
-        # Softmax over the k chosen logits, as in the original m2mKD. V-MoE's gates are the k largest of a
-        # softmax over all E experts, so they do not sum to 1.
+        # The gates, below, are a softmax over these k logits alone, so they sum to 1.
         top, chosen = logits.topk(k)  # T k
         if self.training and self.balance:
             self.aux = self.auxiliary_loss(clean, top[:, -1:])
@@ -570,7 +569,7 @@ class Propagator(nn.Module):
 
     def forward(self, receivers, senders, codes, sender_codes, delta=None):
         """delta U V: the signatures' distances; None (tokens, which have no signature): no kernel."""
-        # Two draws, as in the original, although the mediators are among the senders.
+        # Two draws: a mediator's code is shaken in one way as a receiver's, in another as a sender's.
         codes, sender_codes = jitter(codes, self.training), jitter(sender_codes, self.training)
         log_k = None
         if delta is not None:
@@ -899,7 +898,7 @@ def new_stitches(student, config):
     """The layers between two modules of a student: post (to the meta model's width) and pre (back)."""
     width, meta_width = config["student"]["width"], config["meta"]["width"]
 
-    # As in the original: plain Linear for a NAC, LayerNorm + Linear for a V-MoE.
+    # Two Linears in a row are one, so a NAC's stitches can be folded. In a V-MoE's a LayerNorm is between.
     def stitch(a, b):
         fc = nn.Linear(a, b)
         return fc if isinstance(student, NAC) else nn.Sequential(OrderedDict(ln=nn.LayerNorm(a), fc=fc))
@@ -1055,7 +1054,7 @@ def set_drop_path(model, rate):
 class Run:
     seed: int = 0  # everything random is a function of it
     output_dir: str | None = None  # null: runs/<name of the config>
-    share: list[str] | str | None = None  # other runs' folders, whose finished stages are taken
+    share: list[str] | str | None = None  # folders of other runs, to take their finished stages from
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs that have it
     compile: bool = False  # torch.compile of all blocks: worth its minutes on a GPU only
@@ -1069,8 +1068,8 @@ class Vit:
     depth: Count | None = None  # only a check: what depths must sum to
     depths: list[Annotated[int, 1, 1000]] = [1, 1, 1]  # blocks of each module
     mlp_ratio: Annotated[float, 0.01, 64] = 4.0  # hidden width of MLPs, experts and a NAC's FFNs, in widths
-    qkv_bias: bool = True  # off in the original's ViT-Huge
-    eps: Annotated[float, 1e-12, 1] = 1e-6  # of the LayerNorms; 1e-5 in the original's ViT-Huge
+    qkv_bias: bool = True  # false in the paper's ViT-Huge
+    eps: Annotated[float, 1e-12, 1] = 1e-6  # of the LayerNorms; 1e-5 in the paper's ViT-Huge
     init_std: Annotated[float, 1e-6, 10] = 0.02  # of the weights; .02 suits widths from 200, .1 those near 64
     experts: int = 0  # 0: a plain MLP
     top_k: Count = 2  # experts that a token goes to
@@ -1106,7 +1105,7 @@ class Distill:
     alpha: Share = 0.5  # loss = (1-α)·CE + α·KD
     tau: Annotated[float, 0.01, 1000] = 1.0  # temperature
     kind: Literal["soft", "hard"] = "soft"
-    reduction: Literal["batchmean", "mean"] = "batchmean"  # of the soft loss; mean: the original's
+    reduction: Literal["batchmean", "mean"] = "batchmean"  # of the soft loss; mean: the paper's code
     codes: Literal["own", "original"] = "own"  # of a NAC's modules, see NACModule
 
 

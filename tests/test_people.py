@@ -166,6 +166,9 @@ def test_few_shot_folders_need_no_train_have_names_of_their_own_and_errors_that_
     results = json.loads((tmp_path / "run/results.json").read_text())
     sets = {f"few-shot {tmp_path / name} 1-shot 2-way" for name in ("pets", "tools")}
     assert sets < {r["set"] for r in results}
+    run("evaluate", path, *words, f"few_shot.root={tmp_path / 'pets'}", "few_shot.images=20")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert 20 in {r["images"] for r in results if "pets" in r["set"]}
     text = run("evaluate", path, "role=meta", "few_shot.set=lower_case", expect=2)
     assert "few_shot.images" in text.splitlines()[-1] and "data.test_images" not in text.splitlines()[-1]
 

@@ -6,6 +6,7 @@
 """
 
 import json
+import multiprocessing
 import re
 
 import pytest
@@ -169,9 +170,23 @@ def test_without_a_baseline_there_is_no_verdict(tmp_path, report):
 
 def test_a_result_replaces_the_older_one_of_its_role_and_set(tmp_path):
     path = tmp_path / "results.json"
+    (tmp_path / "config.yaml").touch()
     for role, name, top1 in (("meta", "test", 1.0), ("student", "test", 2.0), ("meta", "test", 3.0)):
         evaluate.keep(path, {"role": role, "set": name, "top1": top1, "images": 100})
     assert [(r["role"], r["top1"]) for r in evaluate.read_results(path)] == [("student", 2.0), ("meta", 3.0)]
+
+
+def test_two_evaluations_at_once_lose_no_result(tmp_path):
+    path = tmp_path / "results.json"
+    (tmp_path / "config.yaml").touch()
+    workers = [multiprocessing.get_context("fork").Process(target=lambda role=role: [
+        evaluate.keep(path, {"role": role, "set": str(k), "top1": 1.0, "images": 100}) for k in range(30)
+    ]) for role in ("meta", "student")]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert len(evaluate.read_results(path)) == 60
 
 
 def test_a_folder_without_results_is_named(tmp_path):
