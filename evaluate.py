@@ -232,12 +232,13 @@ def report(folders):
         raise models.UserError("--report needs the folders of runs.")
     folders = list(dict.fromkeys(map(Path, folders)))
     rows, made = {}, {}  # (name, role): {seed: {column: value}}; name: its runs' settings
+    sizes = {}  # (test set, data set, its folder): its number of images, in all runs
     for folder in folders:
         config, name = read_config(folder), re.sub(r"-s\d+", "", folder.name)
         settings = {key: value for key, value in models.settings(config, "student").items()
                     if key not in ("seed", *models.GIVEN)}
         models.compare(made.setdefault(name, settings), settings, f"another run named {name}", config)
-        for role, values in scores(folder, config).items():
+        for role, values in scores(folder, config, sizes).items():
             row = rows.setdefault((name, role), {})
             if row.setdefault(config["seed"], values) is not values:
                 raise models.UserError(f"{folder} is the second run of name {name} and this seed, "
@@ -267,14 +268,22 @@ def report(folders):
     print(verdict({role: row[config["seed"]] for (_, role), row in rows.items()}, config))
 
 
-def scores(folder, config):
-    """{role: {column: value}} of a run: accuracies, each on the whole set, and costs."""
+def scores(folder, config, sizes):
+    """{role: {column: value}} of a run: accuracies, each on the whole set, and costs.
+
+    Raises UserError if other runs, whose `sizes` are known, were scored on more or fewer images of a set.
+    """
     results, spent, table, whole = read_results(folder / "results.json"), costs(folder, config), {}, {}
     if not results:
         raise models.UserError(f"{folder} holds no results: run evaluate.py first.")
     for r in results:
-        r["of"] = r["set"], str(models.on_target(config, r["role"])["data"])
+        options = models.on_target(config, r["role"])["data"]
+        r["of"] = r["set"], options["set"], options["root"]
         whole[r["of"]] = max(r["images"], whole.get(r["of"], 0))
+    for of, images in whole.items():
+        if sizes.setdefault(of, images) != images:
+            raise models.UserError(f"{folder} was scored on {images} images of {of[0]}, another run on "
+                                   f"{sizes[of]}: evaluate both alike.")
     for r in results:
         if r["images"] == whole[r["of"]]:  # else only a part of the set was looked at
             table.setdefault(r["role"], dict(spent[r["role"]]))[f"{r['set']} %"] = r["top1"]

@@ -176,6 +176,15 @@ def test_a_result_replaces_the_older_one_of_its_role_and_set(tmp_path):
     assert [(r["role"], r["top1"]) for r in evaluate.read_results(path)] == [("student", 2.0), ("meta", 3.0)]
 
 
+def test_runs_scored_on_different_numbers_of_images_are_not_compared(tmp_path, report):
+    for seed in (1, 2):
+        write_run(tmp_path / f"a-s{seed}", {"student": {"test": 80.0}}, (), f"seed={seed}")
+    path = tmp_path / "a-s2/results.json"
+    path.write_text(path.read_text().replace('"images": 100', '"images": 50'))
+    with pytest.raises(models.UserError, match="a-s2 was scored on 50 images of test, another run on 100"):
+        report(tmp_path / "a-s1", tmp_path / "a-s2")
+
+
 def test_two_evaluations_at_once_lose_no_result(tmp_path):
     path = tmp_path / "results.json"
     (tmp_path / "config.yaml").touch()
