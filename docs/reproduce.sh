@@ -183,6 +183,8 @@ knows_more() {
     student $shared share=$base output_dir=$run-alpha0 distill.alpha=0 train.distill.images=[0,500] \
       train.distill.passes=49 train.student.lr=0.032
     student $shared share=$base output_dir=$run-self teacher.checkpoint=$base/meta.pt "teacher.depths=[1,1,1]"
+    student $shared "share=[$run,$base]" output_dir=$run-both1 train.student.alpha=1 train.student.epochs=1 \
+      train.student.images=[0,24500] train.student.passes=1 train.student.lr=0.032 train.student.warmup=0.2
   done
 }
 
