@@ -42,14 +42,12 @@ def assemble(config, role, process):
     # The modules share the whole model's parameters: reading a module's file fills its place in the whole.
     # Stitches belong to the modules, not to the whole: drop ignores them, keep and fold copy them.
     modules = models.cut(whole, config, role)
-    folder = config["student"]["modules"] if role == "student" else None
-    for i, module in enumerate(modules):
-        if folder:
-            path = models.module_files(folder, len(modules))[i]
-        else:
-            made_by = "incubate" if role == "teacher" else "distill"
-            path = models.needed(config, made_by, f"{role}_modules/{i}.pt")
-        models.load_weights(module, path)
+    if role == "student" and config["student"]["modules"]:
+        models.load_modules(modules, config["student"]["modules"])
+    else:
+        made_by = "incubate" if role == "teacher" else "distill"
+        for i, module in enumerate(modules):
+            models.load_weights(module, models.needed(config, made_by, f"{role}_modules/{i}.pt"))
     models.join_stitches(whole, modules, config["assemble"]["stitches"])
 
     # What no module has learned is found by identity and named. Inside the meta model there is no kernel.

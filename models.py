@@ -1464,20 +1464,27 @@ def load(path):
     return model.eval()
 
 
-def load_weights(model, path, keep=()):
+def load_weights(model, path):
     """Reads a whole model's (or one module's) weights into `model`: our own file or other people's formats.
 
     timm / DeiT state dicts, Deep Incubation's files, the original's V-MoE, NAC and single modules; for a ViT
-    also a folder with one file per module. A ViT's position grid of another image size is resized; tensors
-    whose names start with one of `keep` stay the model's own. Raises UserError naming the first tensor that
-    is missing, unexpected or of another shape, and changes nothing.
+    also a folder with one file per module. A ViT's position grid of another image size is resized. Raises
+    UserError naming the first tensor that is missing, unexpected or of another shape; of that file nothing
+    is taken then.
     """
-    modules = isinstance(model, ViT) and Path(path).is_dir()
-    load_state(model, join_modules(model, path) if modules else weights_in(path), path, keep)
+    if isinstance(model, ViT) and Path(path).is_dir():
+        return load_modules(model.parts, path)
+    load_state(model, weights_in(path), path)
+
+
+def load_modules(modules, folder):
+    """Reads a folder with a file per module into the modules."""
+    for module, file in zip(modules, module_files(folder, len(modules))):
+        load_weights(module, file)
 
 
 def load_state(model, state, path, keep=()):
-    """Loads a state dict of any naming into `model`. See load_weights."""
+    """Loads a state dict of any naming into `model`, but for tensors whose names start with one of `keep`."""
     state, own = translate(state, model), model.state_dict()
     state = {name: value for name, value in state.items() if not name.startswith(keep)}
     state |= {name: value for name, value in own.items() if name.startswith(keep)}
@@ -1579,38 +1586,21 @@ def module_files(folder, count):
     return [file for _, file in whole[0]]
 
 
-def join_modules(model, folder):
-    """The state dict of a whole ViT from a folder with a file per module, with blocks numbered from 0."""
-    state, parts, first = {}, getattr(model, "parts", ()), 0
-    for part, file in zip(parts, module_files(folder, len(parts))):
-        for name, value in weights_in(file).items():
-            # first: the number in the whole of the module's first block
-            name = re.sub(r"^((module|model|_orig_mod)\.)*blocks\.(\d+)",
-                          lambda k: f"blocks.{first + int(k[3])}", name)
-            state[name] = value
-        first += len(part.blocks)
-    return state
-
-
 def check_inputs(config, dry=False):
     """Fits every given file into its model and lists every set, before anything is trained.
 
     Raises UserError. A dry run may do without the data.
     """
-    def empty(config, role):
-        with torch.device("meta"):
-            return build(config, role)
-
     for key, path in given(config).items():
-        role = key.partition(".")[0]
-        if key == "student.modules":
-            modules = cut(empty(config, role), config, role)
-            for module, file in zip(modules, module_files(path, len(modules))):
-                load_weights(module, file)
+        role, modules = key.partition(".")[0], key == "student.modules"
+        with torch.device("meta"):
+            model = build(config if modules else on_target(config, role), role)
+        if modules:
+            load_modules(cut(model, config, role), path)
         elif key.endswith("start"):
-            load_start(empty(on_target(config, role), role), config, role)
+            load_start(model, config, role)
         else:
-            load_weights(empty(on_target(config, role), role), path)
+            load_weights(model, path)
     check_sets(config, dry)
 
 
@@ -2193,22 +2183,24 @@ def cost(config, stage, only=()):
     alpha = {"distill": config["distill"]["alpha"], "baseline_kd": config["distill"]["alpha"],
              "student": config["train"]["student"]["alpha"]}.get(stage, 0)
     c, s = on_target(config, role) if alone else config, schedule(config, stage)
-
-    def dense(model):
-        """Without weights a mixture cannot route tokens: a dense MLP of as much work takes its place."""
-        for block in getattr(model, "blocks", ()):
+    with torch.device("meta"):
+        whole, meta, teacher = (build(c, one) for one in (role, "meta", "teacher"))
+        modules = [whole] if alone else cut(whole, c, role)
+        parameters, places = sum(map(count, modules)), only or range(len(modules))
+        # Weights, gradients and two moments; of models that do not learn the weights alone.
+        state = 16 * parameters + 4 * (count(meta) * (not alone) + count(teacher) * (alpha > 0))
+        for block in [block for model in (whole, meta, teacher) for block in getattr(model, "blocks", ())]:
+            # Without weights a mixture cannot route tokens: a dense MLP of as much work takes its place.
             if hasattr(block, "moe"):
                 _, hidden, width = block.moe.fc1_weight.shape
                 block.moe = Mlp(width, hidden * block.moe.top_k)
-        return model
-
-    def one_step(images):
-        """Multiply-adds of a step on so many images."""
+        for model in (meta, teacher):
+            model.requires_grad_(False)
+        x = torch.zeros(s["batch"], 3, c["data"]["image_size"], c["data"]["image_size"])
         formulas = {torch.ops.aten.convolution_backward: convolution_backward}
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
             # What runs forward only: M, once for all modules, and the teacher.
             with torch.no_grad():
-                x = torch.zeros(images, 3, c["data"]["image_size"], c["data"]["image_size"])
                 hidden = [x] if alone else meta.hidden_states(x)
                 for i in places if alpha else ():
                     teacher(x) if alone else meta.rest(i + 1, teacher.parts[i](hidden[i]))
@@ -2216,18 +2208,8 @@ def cost(config, stage, only=()):
             for i in places:
                 out = modules[i](hidden[i])
                 (out if alone else meta.rest(i + 1, out)).sum().backward()
-        return counter.get_total_flops() / 2
-
-    with torch.device("meta"):
-        whole, meta, teacher = build(c, role), build(c, "meta").requires_grad_(False), build(c, "teacher")
-        parameters = sum(map(count, [whole] if alone else cut(whole, c, role)))
-        frozen = [model for model, used in ((meta, not alone), (teacher, alpha)) if used]
-        state = 16 * parameters + 4 * sum(p.numel() for model in frozen for p in model.parameters())
-        modules = [dense(whole)] if alone else cut(dense(whole), c, role)
-        meta, teacher, places = dense(meta), dense(teacher).requires_grad_(False), only or range(len(modules))
-        step = one_step(s["batch"])
     batches = images_of(config, stage) // (s["batch"] * s["accumulate"]) * s["accumulate"]
-    return parameters, state, batches * step
+    return parameters, state, batches * counter.get_total_flops() / 2
 
 
 def convolution_backward(out, x, weight, *rest, out_shape):
