@@ -319,8 +319,6 @@ def costs(folder, config):
         spent |= {stage: tuple(map(sum, zip(*values))) for stage, values in found.items()}
     result = {}
     for role, (own, before) in STAGES.items():
-        if role == "student" and not (config["distill"]["alpha"] or config["train"]["student"]["alpha"]):
-            before = ["meta"]  # nobody listens to the teacher
         seconds, mine = (sum(spent[stage][k] for stage in own if stage in spent) for k in (0, 1))
         others = sum(spent[stage][1] for stage in before if stage in spent)
         result[role] = {"own TMAC": mine, "all TMAC": mine + others, "own s": seconds}

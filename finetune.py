@@ -24,8 +24,9 @@ def main():
         return models.dry_run(config)
     role, d = args.role, config["distill"]
     options = {key: d[key] for key in ("tau", "kind", "reduction")}
+    c = models.schedule(config, role)
     # The paper fine-tunes the student with labels alone; here the whole teacher can go on teaching it.
-    alpha = {"student": config["train"]["student"]["alpha"], "baseline_kd": d["alpha"]}.get(role, 0.0)
+    alpha = c["alpha"]
     process = data.setup(config["device"])
     if models.finished(config, role, f"{role}.pt"):
         return models.announce(process, f"{role}: finished; skipped")
@@ -34,7 +35,7 @@ def main():
                                "role=baseline_kd need a teacher of the same classes.")
     # A student may have other images than its modules had. A baseline is trained as the student is.
     target = models.on_target(config, role)
-    train = data.load(target, "train", "student" if role.startswith("baseline") else role)
+    train = data.load(target, "train", c["block"])
     validation = data.load(target, "validation")
 
     # Teacher and student start from their assembled modules, meta model and baselines from scratch. A
@@ -46,7 +47,7 @@ def main():
         models.load_weights(model, models.needed(config, f"assemble_{role}", f"{role}_assembled.pt"))
     elif role.startswith("baseline"):
         models.say(process, models.fit_graph_prior(model, config))
-    models.set_drop_path(model, models.schedule(config, role)["drop_path"])
+    models.set_drop_path(model, c["drop_path"])
     model.to(process.device)
     teacher = models.frozen(config, "teacher", process, target) if alpha else None
     stage = models.Stage(config, process, role, {role: model}, {role: f"{role}.pt"}, train)

@@ -1866,8 +1866,7 @@ class Stage:
         self.config, self.process, self.name, self.images = config, process, name, images
         self.modules, self.files, self.title = modules, files, TITLES.get(name, name)
         self.c = c = schedule(config, name)
-        self.block = "student" if name.startswith("baseline") else name  # trained as the student is
-        self.steps = data.steps_per_epoch(len(images), c["batch"], process.world, c["accumulate"], self.block)
+        self.steps = data.steps_per_epoch(len(images), c["batch"], process.world, c["accumulate"], c["block"])
         self.total_batch = c["batch"] * process.world * c["accumulate"]
         self.optimizers = {i: optimizer(module, c) for i, module in modules.items()}
         self.settings = {**settings(config, name), "processes": process.world}
@@ -1930,7 +1929,7 @@ class Stage:
         for module in self.modules.values():
             module.train()
         target = on_target(self.config, self.name)
-        batches = data.train_batches(self.images, target, self.block, epoch, self.process, first)
+        batches = data.train_batches(self.images, target, self.c["block"], epoch, self.process, first)
         title, total = f"{self.title} {epoch + 1}/{self.c['epochs']}", (self.steps - first) * accumulate
         self.bar = tqdm(batches, title, total, disable=self.process.rank > 0 or None, leave=False)
         for batch, pair in enumerate(self.bar):
@@ -2070,10 +2069,13 @@ def lock(path):
 
 
 def schedule(config, stage):
-    """A stage's block of `train`, with the stage's epochs."""
-    c = dict(config["train"]["student" if stage.startswith("baseline") else stage])
-    if stage.startswith("baseline") and config["train"]["baseline_epochs"] is not None:
+    """A stage's block of `train`: with its name, the stage's epochs, and α, the weight of the teacher."""
+    block = "student" if stage.startswith("baseline") else stage  # a baseline is trained as the student is
+    c = {"alpha": 0.0, **config["train"][block], "block": block}
+    if block != stage and config["train"]["baseline_epochs"] is not None:
         c["epochs"] = config["train"]["baseline_epochs"]
+    if stage in ("distill", "baseline", "baseline_kd"):
+        c["alpha"] = 0.0 if stage == "baseline" else config["distill"]["alpha"]
     return c
 
 
@@ -2152,8 +2154,7 @@ def dry_run(config):
         epochs, batch = c["epochs"], c["batch"] * world * c["accumulate"]
         parameters, state, macs = cost(config, stage)
         low = c["min_lr"] * (batch / 512 if c["scale_min_lr"] else 1)
-        block = "student" if stage == "baseline" else stage
-        steps = data.steps_per_epoch(images, c["batch"], world, c["accumulate"], block) * epochs
+        steps = data.steps_per_epoch(images, c["batch"], world, c["accumulate"], c["block"]) * epochs
         hours = 2 * macs * epochs / 150e12 / 3600
         sums = [sums[0] + macs * epochs / 1e12, sums[1] + hours]
         print(f"{stage:9}{parameters:12,}{images:11,}{epochs:7}{steps:10,}{batch:6}  "
@@ -2167,8 +2168,7 @@ def dry_run(config):
 
 def images_of(config, stage):
     """Images of an epoch of a stage."""
-    block = "student" if stage.startswith("baseline") else stage
-    return data.epoch_images(on_target(config, stage), block)
+    return data.epoch_images(on_target(config, stage), schedule(config, stage)["block"])
 
 
 def cost(config, stage, only=()):
@@ -2180,15 +2180,13 @@ def cost(config, stage, only=()):
     """
     role = {"incubate": "teacher", "distill": "student"}.get(stage, stage)
     alone = stage == role  # a whole model, not modules in the meta model
-    alpha = {"distill": config["distill"]["alpha"], "baseline_kd": config["distill"]["alpha"],
-             "student": config["train"]["student"]["alpha"]}.get(stage, 0)
     c, s = on_target(config, role) if alone else config, schedule(config, stage)
     with torch.device("meta"):
         whole, meta, teacher = (build(c, one) for one in (role, "meta", "teacher"))
         modules = [whole] if alone else cut(whole, c, role)
         parameters, places = sum(map(count, modules)), only or range(len(modules))
         # Weights, gradients and two moments; of models that do not learn the weights alone.
-        state = 16 * parameters + 4 * (count(meta) * (not alone) + count(teacher) * (alpha > 0))
+        state = 16 * parameters + 4 * (count(meta) * (not alone) + count(teacher) * (s["alpha"] > 0))
         for block in [block for model in (whole, meta, teacher) for block in getattr(model, "blocks", ())]:
             # Without weights a mixture cannot route tokens: a dense MLP of as much work takes its place.
             if hasattr(block, "moe"):
@@ -2202,7 +2200,7 @@ def cost(config, stage, only=()):
             # What runs forward only: M, once for all modules, and the teacher.
             with torch.no_grad():
                 hidden = [x] if alone else meta.hidden_states(x)
-                for i in places if alpha else ():
+                for i in places if s["alpha"] else ():
                     teacher(x) if alone else meta.rest(i + 1, teacher.parts[i](hidden[i]))
             # Through the rest of M pass gradients of states, but none of its weights is computed.
             for i in places:
