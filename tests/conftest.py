@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(ROOT))
+# Tests fork, and a process with a GPU cannot after a backward pass, not even one on its CPU. So it is hidden
+# from all but what test_gpu.py starts. (Counting asks the driver and starts nothing.)
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+GPU = {VISIBLE: os.environ.get(VISIBLE, "0")} if torch.cuda.device_count() else {}
+os.environ[VISIBLE] = ""
 torch.set_num_threads(1)  # at the tests' sizes a second thread costs more than it gives
 
 import models  # noqa: E402

@@ -257,7 +257,7 @@ def test_blocks_of_ten_modules_and_their_hybrids_are_all_compiled(monkeypatch):
         with torch.no_grad():
             hidden = meta.hidden_states(images)
             meta.rest(i + 1, teacher.parts[i](hidden[i]))
-        meta.rest(i + 1, module(hidden[i])).sum().backward()
+        meta.rest(i + 1, module(hidden[i]))
         with torch.no_grad():
             meta.rest(i + 1, module.eval()(hidden[i][:3]))
     counters = torch._dynamo.utils.counters

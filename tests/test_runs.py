@@ -935,9 +935,10 @@ def test_one_and_three_processes_evaluate_to_the_same_numbers(done, tmp_path):
 # ---------- As a user starts them
 
 
-def stopped(line, signal_to, seconds=90):
+def stopped(line, signal_to, seconds=90, env=()):
     """Starts a command line, sends SIGTERM after its second epoch -> its output, its exit code."""
-    job = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, start_new_session=True, env=ENV)
+    job = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, start_new_session=True,
+                           env=ENV | dict(env))
     while not (text := job.stdout.readline()).startswith(("meta model 2/", "m2mKD 2/")):
         assert text, "it ended"
     signal_to(job.pid, signal.SIGTERM)
