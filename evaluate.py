@@ -189,7 +189,7 @@ def linear_probe(support, query, ways):
 def keep(path, result):
     """Adds a result to results.json, in place of an older one of the same role, set and number of images."""
     key = ("role", "set", "images")
-    with open(path.with_name("config.yaml")) as lock:
+    with open(path.with_name("config.yaml"), "a") as lock:  # to write, or a network's file system refuses
         fcntl.flock(lock, fcntl.LOCK_EX)  # another evaluation of this run may add its own
         others = [r for r in read_results(path) if [r[k] for k in key] != [result[k] for k in key]]
         models.write(path, lambda file: file.write(json.dumps([*others, result], indent=1).encode()))

@@ -1484,7 +1484,7 @@ def load_modules(modules, folder):
 
 
 def load_state(model, state, path, keep=()):
-    """Loads a state dict of any naming into `model`, but for tensors whose names start with one of `keep`."""
+    """Loads a state dict into `model`; for its names see translate. Tensors named `keep…` stay as they are."""
     state, own = translate(state, model), model.state_dict()
     state = {name: value for name, value in state.items() if not name.startswith(keep)}
     state |= {name: value for name, value in own.items() if name.startswith(keep)}
@@ -1492,7 +1492,7 @@ def load_state(model, state, path, keep=()):
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], own["pos_embed"].shape[1])
     for name, value in own.items():
         if isinstance(model, Stitched) and name.endswith("attention.bandwidth"):
-            state.setdefault(name, value)  # the original's NAC modules have no kernel
+            state.setdefault(name, value)  # inside the meta model there is no kernel
     for name in [*own, *state]:
         if name not in state or name not in own:
             what, tensor = ("lacks the", own[name]) if name in own else ("has an unexpected", state[name])
@@ -1524,9 +1524,9 @@ def carry(state, model, path, new_head, other_sizes=True):
 
 
 def load_start(model, config, role):
-    """Reads teacher.start, whose classifier stays fresh, or student.start -> a line to print.
+    """Reads teacher.start or student.start into a fresh model -> a line to print.
 
-    A student comes from `data` or from `target`.
+    A teacher keeps its fresh classifier. A student may come from `data` or from `target`.
     """
     path, other = config[role]["start"], on_target(config, role)["data"] != config["data"]
     fresh = carry(translate(weights_in(path), model), model, path, role == "teacher", other)
@@ -1628,7 +1628,7 @@ def resize_pos_embed(pos_embed, tokens):
     return torch.cat([pos_embed[:, :1].float(), grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
-# The original's names -> ours, in this order.
+# Names in the authors' files -> ours, in this order.
 ORIGINAL_NAMES = [(re.compile(pattern), ours) for pattern, ours in [
     (r"_orig_mod\.", ""), (r"^((module|model)\.)+", ""), (r"^latent_graphs\.0\.", ""),
     (r"(codes|signatures)_$", r"\1"),
@@ -1644,7 +1644,7 @@ ORIGINAL_NAMES = [(re.compile(pattern), ours) for pattern, ours in [
 
 
 def translate(state, model):
-    """A state dict with timm's, Deep Incubation's, the original's or our names -> our names for `model`."""
+    """A state dict with names of timm, Deep Incubation, the authors or ours -> with our names for `model`."""
     out = {}
     for name, value in state.items():
         for pattern, ours in ORIGINAL_NAMES:

@@ -26,7 +26,7 @@ MODELS = {  # and their inputs
     "ViT": (lambda: models.ViT(32, 8, 64, 4, [2, 2], 10), (4, 3, 32, 32)),
     "V-MoE": (lambda: models.ViT(32, 8, 64, 4, [2, 2], 10, moe={"experts": 8}), (4, 3, 32, 32)),
     # A read-in of 320 channels, more than fused attention's 256
-    "NAC": (lambda: models.NAC(64, 128, 4, 32, (16, 32, 8), 2, 10), (4, 3, 64, 64)),
+    "NAC": (lambda: models.NAC(64, 512, 4, 32, (16, 32, 8), 2, 10), (4, 3, 64, 64)),
     "mixture": (lambda: models.MoE(64, 128, 8), (4, 64, 64)),
 }
 
@@ -99,7 +99,7 @@ def test_a_training_step_waits_for_nothing(tmp_path, student):
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, student):
-    """Each stage is stopped after its first epoch by a signal, and started again."""
+    """Each stage is stopped after its second epoch by SIGTERM, and started again."""
     names = ("broken", "unbroken")
     paths = {name: write_config(tmp_path / name, student) for name in names}
     for script, role in (PIPELINE[0], PIPELINE[4]):
