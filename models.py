@@ -1484,7 +1484,7 @@ def load_modules(modules, folder):
 
 
 def load_state(model, state, path, keep=()):
-    """Loads a state dict into `model`; for its names see translate. Tensors named `keep…` stay as they are."""
+    """Loads a state dict into `model`; its names: see translate. Tensors named `keep…` stay as they are."""
     state, own = translate(state, model), model.state_dict()
     state = {name: value for name, value in state.items() if not name.startswith(keep)}
     state |= {name: value for name, value in own.items() if name.startswith(keep)}
