@@ -6,6 +6,8 @@ Sections 1 to 4 go with the method; the others can wait until you need them. Two
 (2) Small sets live in memory as uint8, and whole batches are cropped and flipped on the device. Large sets
     are read image by image in data-loader workers.
 
+A set is a folder of image files or an .npz of arrays; tools/prepare.py makes one of any other format.
+
 Axes: N images, B batch of one process, H = W image size, K classes. Images: uint8 N 3 H W.
 """
 
@@ -13,7 +15,6 @@ import atexit
 import datetime
 import functools
 import gc
-import gzip
 import math
 import multiprocessing
 import multiprocessing.resource_tracker
@@ -21,6 +22,7 @@ import os
 import random
 import signal
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -28,9 +30,12 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset
+
+
+# What asks a process to end: a scheduler, Ctrl-C, a closed terminal. Training saves first (models.Stage).
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class UserError(ValueError):
@@ -41,37 +46,31 @@ class UserError(ValueError):
 
 Count = Annotated[int, 1, 10**8]  # int and float alone mean a number from 0 up
 Size = Annotated[int, 1, 4096]
-Share = Annotated[float, 0, 1]
-CLASSES = {"glyphs": 24, "lower_case": 14, "fashion_mnist": 10, "tiny_imagenet": 200, "imagenet": 1000,
-           "cifar100": 100, "cub": 200}
-TRAIN_IMAGES = {"fashion_mnist": 60000, "tiny_imagenet": 100000, "imagenet": 1281167, "cifar100": 50000,
-                "cub": 5994}
-DRAWN = ("glyphs", "lower_case")  # sets of any size, drawn by Pillow
-Set = Literal[(*CLASSES, "folder")]
+Fraction = Annotated[float, 0, 1]
 
 
-class Data:
-    set: Set = "glyphs"
-    root: str = ""  # folder of the set's files; empty: where Debian's package puts them, if there is one
+class DataKeys:
+    root: str = ""  # a folder of train/<class>/* and test/ or else val/<class>/*, or an .npz (docs/extend.md)
     image_size: Size = 32  # pixels; images are square
-    classes: Annotated[int, 2, 10**6] | None = None  # null: what the set has; those of a folder are counted
-    train_images: int = 0  # how many to use, or to draw (glyphs); 0: all
-    validation_images: Count | None = None  # held out of train; null: a tenth, at most 1,000
+    classes: Annotated[int, 2, 10**6] | None = None  # null: they are counted
+    train_images: int = 0  # how many of the training images to use; 0: all
+    validation_images: int | None = None  # held out of train; null: a tenth, at most 1,000
     test_images: int = 0  # 0: all
-    robustness: list[str] = []  # further test sets: renditions, or a folder of <class name>/*
+    robustness: list[str] = []  # further test sets: a folder of <class name>/*, or a split of the .npz
     pad: Annotated[int, 0, 4096] = 0  # random crop after padding by so many pixels
-    resized_crop: tuple[Share, Share] | None = None  # random resized crop: range of the area's share
-    flip: Share = 0.0  # probability of a horizontal flip
+    resized_crop: tuple[Fraction, Fraction] | None = None  # random resized crop: range of the area's share
+    flip: Fraction = 0.0  # probability of a horizontal flip
     randaugment: Annotated[float, 0, 10] = 0.0  # magnitude; 9 in the paper
-    erasing: Share = 0.0  # probability that a rectangle becomes noise
+    erasing: Fraction = 0.0  # probability that a rectangle becomes noise
     mixup: float = 0.0  # α of Beta(α, α), from which the share of each of two images is drawn; 0: off
     cutmix: float = 0.0  # the same for the area of a box; with both on, a coin decides
     smoothing: Annotated[float, 0, 0.999] = 0.0  # this much of a label is spread over all classes
     repeats: Annotated[int, 1, 100] = 1  # repeated augmentation: views of an image in an epoch
     workers: Annotated[int, 0, 256] = 4  # data-loader workers per process, at most one a core
-    # Of the three channels. null: what a given checkpoint tells, else ImageNet's; timm often wants `half`.
-    mean: Literal["imagenet", "half"] | tuple[Share, Share, Share] | None = None
-    std: Literal["imagenet", "half"] | tuple[Share, Share, Share] | None = None
+    # Of the three channels. timm's weights often want `half`.
+    mean: Literal["imagenet", "half"] | tuple[Fraction, Fraction, Fraction] = "imagenet"
+    std: Literal["imagenet", "half"] | tuple[Fraction, Fraction, Fraction] = "imagenet"
+
 
 
 MEAN = {"imagenet": (0.485, 0.456, 0.406), "half": (0.5, 0.5, 0.5)}
@@ -145,13 +144,12 @@ class ImageSet:
     """N labeled images, in memory (uint8 N 3 H W) or as files (N paths). labels: N indices into class_names.
 
     present: None, or the only classes that this set has. The model then chooses among these alone, which is
-    how ImageNet-R's published numbers are made. rendition: whether evaluation draws a rendition of each file.
+    how ImageNet-R's published numbers are made.
     """
 
-    def __init__(self, labels, class_names, images=None, files=None, present=None, rendition=False):
+    def __init__(self, labels, class_names, images=None, files=None, present=None):
         self.labels, self.class_names = torch.as_tensor(labels, dtype=torch.long), list(class_names)
-        self.images, self.files, self.present, self.rendition = images, files, present, rendition
-        self.views = {}  # see eval_batches
+        self.images, self.files, self.present = images, files, present
 
     def __len__(self):
         return len(self.labels)
@@ -161,18 +159,18 @@ class ImageSet:
         indices = torch.as_tensor(indices, dtype=torch.long)
         images = None if self.images is None else self.images[indices]
         files = None if self.files is None else [self.files[i] for i in indices.tolist()]
-        return ImageSet(self.labels[indices], self.class_names, images, files, self.present, self.rendition)
+        return ImageSet(self.labels[indices], self.class_names, images, files, self.present)
 
     def source(self, index):
         """What read_image() makes a picture of: a path, or uint8 H W 3."""
         return self.files[index] if self.images is None else self.images[index].permute(1, 2, 0).numpy()
 
-    def fits(self, size):
-        """Whether the images are in memory, and of this size already."""
+    def ready(self, size):
+        """Whether the images are in memory, and `size` pixels square already."""
         return self.images is not None and tuple(self.images.shape[-2:]) == (size, size)
 
 
-def _rng(*key):
+def generator(*key):
     """A numpy generator that depends on the key alone; texts (stages) enter by their CRC."""
     # Python's own hash() of a text differs from process to process.
     return np.random.default_rng([zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key])
@@ -181,27 +179,30 @@ def _rng(*key):
 def load(config, split, stage=None):
     """The images of one split -> ImageSet. Raises UserError where files or numbers do not fit.
 
-    split: train, validation, test, renditions (the test images, redrawn), or a folder of <class name>/*.
-    One permutation, seeded by config["seed"], cuts the training pool: its last `validation_images` are the
-    validation set, the first `train_images` of the rest are the training set, and of these a stage sees
-    train.<stage>.images. Glyphs are drawn, each split from indices of its own.
+    split: train, validation, test, or a robustness set of the config. One permutation, seeded by
+    config["seed"], shuffles the training pool. Its last `validation_images` are the validation set, unless
+    an .npz has a validation split of its own. The first `train_images` of the rest are the training set, and
+    of these a stage sees train.<stage>.images.
     """
     options = config["data"]
-    if split in ("test", "renditions"):
-        test = _some(_pool(options, "test"), options["test_images"])
-        return renditions(test) if split == "renditions" else test
     if split not in ("train", "validation"):
-        return _robustness(Path(split), class_names(options))
-    pool = _pool(options, split)
+        return _test_set(options, split)
+    own = "validation" in splits(options)
+    pool = _pool(options, split if own else "train")
+    held_out = options["validation_images"]
+    if held_out is None:
+        held_out = len(pool) if own and split == "validation" else max(1, min(1000, len(pool) // 10))
     order = np.random.default_rng(config["seed"]).permutation(len(pool))
-    if options["set"] not in DRAWN:
-        count, rest = options["train_images"], len(pool) - held_out(options, len(pool))
-        if max(count, 1) > rest:
-            raise UserError(f"data.train_images={count} and {len(pool) - rest} for validation are more than "
-                            f"the {len(pool)} images of {options['set']}; lower one of them.")
-        # Validation from the end: it stays the same whatever train_images is.
-        order = order[rest:] if split == "validation" else order[:rest][:count or None]
-    if split == "validation" or stage is None:
+    # Validation from the end: it stays the same whatever train_images is.
+    rest = len(pool) if own else len(pool) - held_out
+    wanted = held_out if own and split == "validation" else options["train_images"]
+    if wanted > rest or rest < 1:
+        raise UserError(f"data.train_images={options['train_images']} and data.validation_images={held_out} "
+                        f"are more than the {len(pool)} images of {options['root']}; lower one of them.")
+    if split == "validation":
+        return pool.take(order[:held_out] if own else order[rest:])
+    order = order[:rest][:options["train_images"] or None]
+    if stage is None:
         return pool.take(order)
     # A slice of the shuffled training set: disjoint slices share no image, equal slices are equal (few
     # labeled images here, many there). Several passes are so many copies.
@@ -213,47 +214,36 @@ def load(config, split, stage=None):
     return pool.take(np.tile(order[first:stop], settings["passes"]))
 
 
-def _some(test, count):
-    """`count` of the test images, or all for 0. The same ones for every seed, to compare seeds on them."""
-    if count > len(test):
-        raise UserError(f"data.test_images={count} exceeds the {len(test)} test images; 0 takes all.")
-    if not 0 < count < len(test):
-        return test
-    return test.take(np.sort(np.random.default_rng(0).permutation(len(test))[:count]))
-
-
-def held_out(options, pool):
-    """How many of the training pool's images are validation images."""
-    return options["validation_images"] or max(1, min(1000, pool // 10))
+def _test_set(options, split):
+    """The test images, or a robustness set: a split of the .npz, or a folder matched by class names."""
+    if split == "test" or split in splits(options):
+        return subset(_pool(options, split), options["test_images"], "data.test_images")
+    folder, names = Path(split), class_names(options)
+    if not folder.is_dir():
+        raise UserError(f"data.robustness={split!r} is neither a folder of classes nor a split of data.root="
+                        f"{options['root']}.")
+    # Folders of other names are left out: the model cannot choose them.
+    found = [name for name in class_folders(folder) if name in set(names)]
+    labeled = read_folders(folder, names, found)
+    labeled.present = labeled.labels.unique()
+    if len(labeled.present) < 2:
+        raise UserError(f"data.robustness={split} has images of {len(labeled.present)} of the training set's "
+                        f"classes, which are called {names[0]!r} and so on; rename its folders.")
+    return labeled
 
 
 def epoch_images(config, stage):
-    """The number of images in an epoch of a stage. Only a folder's files are looked at."""
-    options, settings = config["data"], config["train"][stage]
-    images = options["train_images"]
-    if options["set"] not in DRAWN and not images:
-        whole = options["classes"] in (None, CLASSES.get(options["set"]))  # no subset of the classes
-        pool = whole and TRAIN_IMAGES.get(options["set"]) or len(_pool(options, "train"))
-        images = max(0, pool - held_out(options, pool))
-    first, stop = settings["images"] or (0, images)
-    return max(0, min(images, stop) - first) * settings["passes"]
+    """The number of images in an epoch of a stage."""
+    return len(load(config, "train", stage))
 
 
-def class_names(options):
-    """The class names of a set, index = label."""
-    return _pool(options, "test").class_names
-
-
-def _pool(options, split):
-    """All images that a split is cut from. Train and validation share one pool, unless they are drawn."""
-    if options["set"] in DRAWN:
-        return _glyphs(options, split)
-    readers = {"fashion_mnist": _fashion_mnist, "cifar100": _cifar100, "cub": _cub}
-    pool = readers.get(options["set"], _folders)(options, "test" if split == "test" else "train")
-    if options["classes"] not in (None, len(pool.class_names)):
-        raise UserError(f"data.classes={options['classes']}, but {options['set']} in data.root="
-                        f"{options['root']!r} has {len(pool.class_names)} classes.")
-    return pool
+def subset(images, count, key):
+    """`count` of the images, or all for 0. The same ones for every seed, to compare seeds on them."""
+    if count > len(images):
+        raise UserError(f"{key}={count} exceeds the {len(images)} test images; 0 takes all.")
+    if not 0 < count < len(images):
+        return images
+    return images.take(np.sort(np.random.default_rng(0).permutation(len(images))[:count]))
 
 
 # ---------- 4 Batches
@@ -293,7 +283,7 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
     key, batch, accumulate = (config["seed"], stage, epoch), settings["batch"], settings["accumulate"]
     steps = steps_per_epoch(len(imageset), batch, process.world, accumulate, stage)
     # Every process draws the whole order, the same one.
-    order = _rng(*key).permutation(len(imageset))
+    order = generator(*key).permutation(len(imageset))
     # Repeated augmentation (1901.09335): an epoch shows N / repeats images, each in several views, and keeps
     # its length. The copies stand side by side, so they share a batch.
     order = order.repeat(options["repeats"])[:len(order)]
@@ -302,9 +292,9 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
     total, own = batch * process.world, slice(process.rank * batch, (process.rank + 1) * batch)
     positions = {m: np.arange(m * total, (m + 1) * total)[own] for m in batches}
     # The number after m separates kinds of draws: 1 crops and flips, 2 mixes.
-    if imageset.fits(options["image_size"]) and not (options["resized_crop"] or options["randaugment"]):
+    if imageset.ready(options["image_size"]) and not (options["resized_crop"] or options["randaugment"]):
         pool = imageset.images.to(process.device)
-        views = (_crop_and_flip(pool, order[positions[m]], options, _rng(*key, m, 1), total, own)
+        views = (_crop_and_flip(pool, order[positions[m]], options, generator(*key, m, 1), total, own)
                  for m in batches)
     else:
         views = _read(([(imageset.source(order[p]), repr((*key, p))) for p in positions[m].tolist()]
@@ -316,7 +306,7 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
             erase(image, options["erasing"], random.Random(repr((*key, p, "erase"))))
         # Partners for mixup and cutmix come from the process's own batch, with a draw of its own, as in timm.
         # With mixup two processes therefore train a little differently from one.
-        yield mix(images, labels[m * total:][own], options, _rng(*key, m, 2, process.rank))
+        yield mix(images, labels[m * total:][own], options, generator(*key, m, 2, process.rank))
 
 
 def _crop_and_flip(pool, indices, options, rng, total, own):
@@ -374,48 +364,180 @@ def eval_batches(imageset, config, process, batch=256):
     """This process's share of the set, images rank::world in order: each image once over all processes.
 
     Yields images float32 B 3 H W (normalized) and labels int64 B on the device. Shares and last batches are
-    as long as they are: no image is dropped or repeated to make them equal. A small set is read once:
-    a validation set comes back after every epoch.
+    as long as they are: no image is dropped or repeated to make them equal.
     """
     share, options = np.arange(process.rank, len(imageset), process.world), config["data"]
     batches = [share[k:k + batch] for k in range(0, len(share), batch)]
-    size, key, kept = options["image_size"], (process, options["image_size"], batch), []
-    if imageset.fits(size):
+    if imageset.ready(options["image_size"]):
         views = (imageset.images[indices].to(process.device, non_blocking=True) for indices in batches)
-    elif key in imageset.views:
-        views = imageset.views[key]
     else:
-        views = _read(([(imageset.source(i), i if imageset.rendition else None) for i in indices.tolist()]
-                       for indices in batches), options, center_view, process.device)
+        views = _read(([(imageset.source(i), None) for i in indices.tolist()] for indices in batches),
+                      options, center_view, process.device)
     for indices, images in zip(batches, views):
-        if imageset.files and len(share) * 3 * size**2 < SMALL:
-            kept.append(images)
         yield normalize(images, options), imageset.labels[indices].to(process.device, non_blocking=True)
-    if kept:
-        imageset.views[key] = kept
 
 
-# ---------- 5 Few-shot episodes
+# ---------- 5 Sets on disk
 
 
-def episodes(labels, ways, shots, queries, count, seed):
-    """`count` few-shot episodes out of a set's labels (N): a pure function of the arguments.
+def splits(options):
+    """The splits of an .npz; a folder has none beside training and test images."""
+    root, end = Path(options["root"]), "_images"
+    if not _is_npz(root):
+        return []
+    return [name.removesuffix(end) for name in arrays(root) if name.endswith(end)]
 
-    -> support (count, ways·shots) and query (count, ways·queries), indices into the set, class by class.
+
+def class_names(options):
+    """The class names of a set, index = label."""
+    root = Path(options["root"])
+    if not options["root"] or not root.exists():
+        raise UserError(f"data.root={options['root']!r} is not there: set it to a folder of train/<class>/*, "
+                        f"or make the set: python tools/prepare.py {root.stem or 'SET'} {root}")
+    names = arrays(root)["class_names"].tolist() if _is_npz(root) else class_folders(root / "train")
+    if options["classes"] not in (None, len(names)):
+        raise UserError(f"data.classes={options['classes']}, but data.root={root} has {len(names)} classes.")
+    return names
+
+
+def identity(options):
+    """What a set is known by, wherever it is: its class names, and a checksum of its training images.
+
+    Of an .npz the checksum is over its arrays, of a folder over the names of its training files.
     """
-    members = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    members = [indices for indices in members if len(indices) >= shots + queries]
-    if len(members) < ways:
-        raise UserError(f"few_shot.ways={ways}, but {len(members)} classes have the {shots + queries} images "
-                        f"of {shots} shots and {queries} queries; lower few_shot.ways or few_shot.shots.")
-    drawn = []
-    for episode in range(count):
-        rng = _rng(seed, "few-shot", episode)
-        classes = rng.choice(len(members), ways, replace=False)
-        # Support and queries are drawn together, so no image is in both.
-        drawn.append([rng.permutation(members[c])[:shots + queries] for c in classes])
-    support, query = np.split(np.array(drawn), [shots], axis=2)  # count ways shots, count ways queries
-    return support.reshape(count, -1), query.reshape(count, -1)
+    names, root = class_names(options), Path(options["root"])
+    if _is_npz(root):
+        with zipfile.ZipFile(root) as archive:  # which holds a checksum of each array
+            known = sorted((array.filename, array.CRC) for array in archive.infolist()
+                           if array.filename.startswith(("train_", "validation_")))
+    else:
+        known = [file[len(str(root)):] for file in _pool(options, "train").files]
+    return {"data.class_names": names, "data.checksum": f"{zlib.crc32(repr(known).encode()):08x}"}
+
+
+def _pool(options, split):
+    """All images of a split as it is on disk: train, test, or another one of an .npz."""
+    root, names = Path(options["root"]), class_names(options)
+    if not _is_npz(root):
+        return read_folders(_split_folder(root, split, names), names, names)
+    data, keys = arrays(root), (f"{split}_images", f"{split}_labels")
+    if not {*keys} <= {*data}:
+        raise UserError(f"{root} has no {keys[0]} and {keys[1]}.")
+    images, labels = (data[key] for key in keys)
+    fine = images.dtype == np.uint8 and images.shape[3:] == (3,) and labels.shape == images.shape[:1]
+    if not (fine and len(labels) and 0 <= labels.min() <= labels.max() < len(names)):
+        raise UserError(f"{root}: {keys[0]} must be uint8 N H W 3, {keys[1]} N numbers below {len(names)}.")
+    return ImageSet(labels, names, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+
+
+def _is_npz(root):
+    return root.suffix == ".npz"
+
+
+def arrays(path):
+    """The arrays of an .npz, by name; one is read when it is asked for."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not an .npz that can be read ({error}).") from None
+
+
+def _split_folder(root, split, names):
+    """The folder of a split, with the same class folders as train/."""
+    folder = root / split
+    # ImageNet's own test/ has no labels: everyone's test accuracies are about val/.
+    if split == "test" and not (folder.is_dir() and {*_subfolders(folder)} & {*names}):
+        folder = root / "val"
+    if not folder.is_dir():
+        raise UserError(f"{root} has neither test/<class>/* nor val/<class>/* for the test accuracy.")
+    if odd := sorted({*class_folders(folder)} ^ {*names}):
+        raise UserError(f"{folder} and {root / 'train'} must hold the same class folders, but only one of "
+                        f"them has {odd[0]!r} ({len(odd)} such); complete data.root or remove the folder.")
+    return folder
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def _entries(folder):
+    """What is in a folder, without hidden files. Raises UserError for what cannot be read."""
+    try:
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}).") from None
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise UserError(f"{entry.path} is a link to something that is not there; repair or remove it.")
+    return entries
+
+
+def _subfolders(folder):
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+
+
+def class_folders(folder):
+    """The sorted names of the folders in a folder, at least two: a flat folder of images is no set."""
+    names = _subfolders(folder) if Path(folder).is_dir() else []
+    if len(names) < 2:
+        raise UserError(f"{folder} holds {len(names)} class folders; sort images into one folder per class, "
+                        "and set data.root to the folder above it.")
+    if loose := [entry.path for entry in _entries(folder) if entry.name.lower().endswith(SUFFIXES)]:
+        raise UserError(f"{loose[0]} is in no class ({len(loose)} such); move it into a class folder.")
+    return names
+
+
+def _image_files(folder, walked, others):
+    """The image files below a folder, sub-folders and links to folders included: {real path: path}."""
+    files, folders = {}, [(str(folder), os.path.realpath(folder))]
+    while folders:
+        path, real = folders.pop()
+        for entry in sorted(_entries(path), key=lambda entry: entry.name):
+            target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+            if entry.is_dir():
+                if target not in walked:
+                    walked.add(target)
+                    folders.append((entry.path, target))
+            elif entry.name.lower().endswith(SUFFIXES):
+                files.setdefault(target, entry.path)
+            else:
+                others.append(entry.path)
+    return files
+
+
+@functools.lru_cache(maxsize=8)
+def _listing(folder, found):
+    """[(image file, class name), …] of the class folders `found`; a stage asks for it more than once."""
+    # Each folder is walked once. A link to one of these, or to what is above them, would lead to images of
+    # other classes.
+    top = Path(os.path.realpath(folder))
+    walked = {str(top), *map(str, top.parents), *(os.path.realpath(folder / name) for name in found)}
+    listing, others, known = [], [], {}
+    for name in found:
+        files = _image_files(folder / name, walked, others)
+        for real, path in files.items():
+            if known.setdefault(real, name) != name:
+                raise UserError(f"{path} is an image of class {known[real]!r}, too; remove one of the two.")
+        listing += [(path, name) for path in sorted(files.values())]
+    if others:
+        note(f"{folder}: {len(others)} files do not end like images and are not read, such as {others[0]}")
+    return listing
+
+
+def read_folders(folder, names, found):
+    """The images in the class folders `found`, labeled by place in `names`. All of `names` must have some."""
+    listing = _listing(Path(folder), tuple(found))
+    label = {name: k for k, name in enumerate(names)}
+    empty = label.keys() - {name for _, name in listing}
+    if found == names and empty:
+        raise UserError(f"{Path(folder, min(empty))} holds no images; complete it or remove the folder.")
+    return ImageSet([label[name] for _, name in listing], names, files=[file for file, _ in listing])
+
+
+@functools.cache
+def note(text):
+    """Prints a line once, on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 # ---------- 6 Images one by one: read, cropped and distorted by Pillow in data-loader workers
@@ -456,7 +578,7 @@ def _loader(workers, pin_memory):
 
 
 def _end_workers():
-    """Python would send SIGTERM and wait, but workers do not hear SIGTERM (see _read)."""
+    """Python would send SIGTERM and wait, but workers do not hear it (see _read)."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as failed
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -467,11 +589,11 @@ def _read(batches, options, view, device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loader = _loader(min(options["workers"], cores), device.type == "cuda")
     loader.sampler.items = ((images, options, view) for images in batches)
-    # Workers inherit a blocked SIGTERM. A scheduler sends it to all processes of a job, and the one that
-    # trains needs its workers until it has saved.
+    # Workers inherit blocked signals. They go to all processes of a job, and the one that trains needs its
+    # workers until it has saved.
     if loader.num_workers and multiprocessing.get_start_method() != "fork":
-        multiprocessing.resource_tracker.ensure_running()  # its start would unblock SIGTERM
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        multiprocessing.resource_tracker.ensure_running()  # its start would unblock them
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     views = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     for images in views:
@@ -488,9 +610,8 @@ def read_image(source):
     try:
         with Image.open(source) as image:
             image.load()
-            # 16-bit gray: Pillow itself would clip it to white.
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if image.mode[0] in "IF":
+                image = _gray(np.asarray(image), image.mode)
             # Dropping alpha would uncover whatever color lies below: the image is put on white.
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -500,10 +621,21 @@ def read_image(source):
         raise UserError(f"{source} is not a readable image ({error}); replace or remove it.") from None
 
 
-def center_view(image, options, index):
-    """Evaluation's view -> uint8 H W 3; with an index, its rendition."""
-    view = center_crop(image, options["image_size"])
-    return np.asarray(view if index is None else rendition(view, index))
+def _gray(pixels, mode):
+    """Gray of 16 or 32 bits or of floats -> 8 bits. Pillow itself would clip it to white or black."""
+    low, high = pixels.min(), pixels.max()
+    if mode.startswith("I;16") or mode == "I" and 255 < high <= 65535 and low >= 0:
+        return Image.fromarray((pixels // 257).astype(np.uint8))
+    if mode == "F" and 0 <= low <= high <= 1:
+        pixels, high = pixels * 255, high * 255
+    if not 0 <= low <= high <= 255:
+        raise ValueError(f"mode {mode} with values from {low} to {high}; convert it to 8 bits")
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def center_view(image, options, _):
+    """Evaluation's view -> uint8 H W 3. It draws nothing."""
+    return np.asarray(center_crop(image, options["image_size"]))
 
 
 def center_crop(image, size):
@@ -615,292 +747,3 @@ OPERATIONS = {
     "TranslateX": lambda image, m, sign: _affine(image, 1, 0, sign * 0.045 * m * image.width, 0, 1, 0),
     "TranslateY": lambda image, m, sign: _affine(image, 1, 0, 0, 0, 1, sign * 0.045 * m * image.height),
 }
-
-# ---------- 7 Glyphs: letters and digits drawn on the fly, so that the demo needs no download
-
-# No pair that a small rotation or shear turns into each other (O Q 0, I 1, U V …). `lower_case` is for
-# few-shot, classes that no model has seen: no small letter that is a small capital.
-GLYPHS = {"glyphs": "ABCDEFGHJKLMNPRSTWXYZ347", "lower_case": "abdefghijmnqrt"}
-# A glyph depends on its index alone, and splits never share an index.
-FIRST_INDEX = {"train": 0, "validation": 1 << 40, "test": 2 << 40}
-
-
-def _glyphs(options, split):
-    characters, count, size = GLYPHS[options["set"]], options[f"{split}_images"], options["image_size"]
-    if split == "validation":
-        count = held_out(options, options["train_images"])
-    classes = options["classes"] or len(characters)
-    if not count or classes > len(characters):
-        raise UserError(f"data.{split}_images={count} of data.classes={classes} {options['set']} cannot be "
-                        f"drawn; choose a number above 0, and 2 to {len(characters)} classes.")
-    # Classes by turns, so that every split is balanced; load() shuffles the training images.
-    labels = np.arange(count) % classes
-    images = np.empty((count, size, size, 3), np.uint8)
-    for i, label in enumerate(labels):
-        images[i] = draw_glyph(label, FIRST_INDEX[split] + i, size, characters)
-    return ImageSet(labels, characters[:classes], torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
-
-
-@functools.cache
-def _glyph_mask(character, side):
-    """The character in white on black, `side` pixels square, centered: drawn once, then only transformed."""
-    # Pillow's own scalable font: nothing to install. The stroke keeps it readable at 32 pixels.
-    mask, font, c = Image.new("L", (side, side)), ImageFont.load_default(size=0.8 * side), side / 2
-    ImageDraw.Draw(mask).text((c, c), character, fill=255, font=font, anchor="mm", stroke_width=side / 20)
-    return mask
-
-
-def _placed(character, size, scale, angle, shear, x, y):
-    """Mask of the character: `scale` times the image, rotated (radians), sheared, centered at x, y."""
-    side = max(48, size)
-    ratio = side / (scale * size)
-    # Pillow wants the map from output to input, u = a·x + b·y + c and v = d·x + e·y + f: the inverse of
-    # rotation · shear · scale. c and f make it take the glyph's place (x, y) to the mask's center.
-    cos, sin = math.cos(angle) * ratio, math.sin(angle) * ratio
-    a, b, d, e = cos - shear * -sin, sin - shear * cos, -sin, cos
-    matrix = a, b, side / 2 - a * x - b * y, d, e, side / 2 - d * x - e * y
-    mask = _glyph_mask(character, side)
-    return mask.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-
-
-def draw_glyph(label, index, size=32, characters=GLYPHS["glyphs"]):
-    """One glyph -> uint8 H W 3, a pure function of its arguments. About .2 ms at 32 x 32."""
-    rng = np.random.default_rng(index)
-    # All numbers at once: one call of numpy costs more than many numbers.
-    uniform = iter(rng.random(64).tolist())
-
-    def between(low, high):
-        return low + (high - low) * next(uniform)
-
-    # A dark background and a glyph at least 90 gray levels lighter, and clutter of any color.
-    colors = rng.integers(0, 256, (5, 3))
-    while (colors[1] - colors[0]) @ (0.299, 0.587, 0.114) < 90:
-        colors[:2] = rng.integers(0, 256, (2, 3))
-    faint = colors[0] + 0.3 * (colors[1] - colors[0])
-    back, fore, *dots, line = map(tuple, colors.tolist())
-    canvas = Image.new("RGB", (size, size), back)
-    draw = ImageDraw.Draw(canvas)
-
-    # Clutter makes the set hard enough to tell models apart. Below the glyph: a faint piece of another
-    # letter, and dots; above it: a thin line, and noise.
-    other = characters[int(between(0, len(characters)))]
-    piece = _placed(other, size, scale=between(0.5, 0.9), angle=between(-3, 3), shear=0, x=between(0, size),
-                    y=between(0, size))
-    canvas.paste(tuple(faint.astype(int).tolist()), (0, 0), piece)
-    for color in dots:
-        x, y, radius = between(0, size), between(0, size), between(0.02, 0.06) * size
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-    glyph = _placed(characters[label], size, scale=between(0.85, 1.05), angle=between(-0.25, 0.25),
-                    shear=between(-0.2, 0.2), x=between(0.45, 0.55) * size, y=between(0.45, 0.55) * size)
-    canvas.paste(fore, (0, 0), glyph)
-    draw.line([between(0, size) for _ in range(4)], fill=line, width=max(1, size // 32))
-    noise = rng.integers(-10, 11, (size, size, 3), dtype=np.int16)
-    return np.clip(np.asarray(canvas) + noise, 0, 255).astype(np.uint8)
-
-
-# ---------- 8 Renditions: a robustness set made out of any test set, as ImageNet-R is one of ImageNet
-
-
-def renditions(imageset):
-    """The set's images as drawings, prints and the like. Those in memory are redrawn now, files when read."""
-    labels, names = imageset.labels, imageset.class_names
-    if imageset.images is None:
-        return ImageSet(labels, names, None, imageset.files, imageset.present, rendition=True)
-    drawn = np.stack([rendition(read_image(imageset.source(i)), i) for i in range(len(imageset))])
-    return ImageSet(labels, names, torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous())
-
-
-def rendition(image, index):
-    """One of eight renditions of an RGB PIL image, chosen by its index alone."""
-    # Not index % 8: glyphs' labels are index % K, and each class would have kinds of its own.
-    kind = zlib.crc32(str(index).encode()) % len(RENDITIONS)
-    return RENDITIONS[kind](image).convert("RGB")
-
-
-RENDITIONS = (
-    lambda image: ImageOps.autocontrast(image.filter(ImageFilter.FIND_EDGES)),  # neon outlines on black
-    lambda image: image.convert("L").filter(ImageFilter.EMBOSS),  # relief
-    lambda image: ImageOps.posterize(image, 1),  # two levels a channel
-    lambda image: ImageOps.solarize(image, 128),  # bright parts inverted
-    lambda image: image.filter(ImageFilter.GaussianBlur(image.width / 20)),  # out of focus
-    lambda image: image.convert("L").filter(ImageFilter.CONTOUR),  # pencil lines on white
-    lambda image: ImageOps.autocontrast(image.convert("L"), cutoff=2).convert("1"),  # newsprint, dithered
-    lambda image: ImageOps.invert(image.filter(ImageFilter.ModeFilter(5))),  # negative of a coarse painting
-)
-
-# ---------- 9 Sets on disk: each reader refuses a set that is not all there, which would train without a word
-
-FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
-           "Ankle boot")
-FASHION_ROOT = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-
-
-def _fashion_mnist(options, part):
-    """Gray 28 x 28 images, zero padded to image_size, the same in all three channels (a view)."""
-    root, border = Path(options["root"] or FASHION_ROOT), options["image_size"] - 28
-    prefix = "t10k" if part == "test" else "train"
-    try:
-        # Gzipped IDX files: a header of 4 bytes and 4 more for each dimension, then the values.
-        files = [root / f"{prefix}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
-        images, labels = (np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files)
-        images, labels = images[16:].reshape(-1, 28, 28), labels[8:]
-        # MNIST has files of the same names, and two files that do not belong together would train, badly.
-        if len(labels) != len(images) or not len(labels) or labels.max() >= len(FASHION):
-            raise ValueError(f"{len(images)} images, but {len(labels)} labels")
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"{root} does not hold Fashion-MNIST ({error}); install Debian's "
-                        "dataset-fashion-mnist, or set data.root to the folder of its .gz files.") from None
-    if border < 0:
-        raise UserError(f"data.image_size={28 + border} is too small for fashion_mnist; choose 28 or more.")
-    before, after = border // 2, (border + 1) // 2
-    images = F.pad(torch.tensor(images), (before, after, before, after))  # N H W
-    return ImageSet(labels.astype(int), FASHION, images[:, None].expand(-1, 3, -1, -1))  # N 3 H W
-
-
-def _root(options):
-    root = Path(options["root"])
-    if not options["root"] or not root.is_dir():
-        what = "train/<class>/*" if options["set"] == "folder" else options["set"]
-        raise UserError(f"data.root={options['root']!r} is not a folder; set it to one that holds {what}.")
-    return root
-
-
-def _folders(options, part):
-    """train/<class>/* with val/<class>/* (imagenet, tiny_imagenet), or with test/ or else val/ (folder)."""
-    root = _root(options)
-    names = _class_folders(root / "train")
-    if part == "train":
-        return _read_folders(root / "train", names, names)
-    # ImageNet's and Tiny-ImageNet's own test/ has no labels: everyone's test accuracies are about val/.
-    test = root / "test" if options["set"] == "folder" and (root / "test").is_dir() else root / "val"
-    # Tiny-ImageNet's val/ comes as one folder, images/, and a list. Many people have sorted it into classes,
-    # within images/ or beside it, and not all of them removed what was there before.
-    flat = test / "images"
-    if options["set"] == "tiny_imagenet" and flat.is_dir():
-        if (test / "val_annotations.txt").is_file() and any(path.is_file() for path in flat.iterdir()):
-            return _annotated(test / "val_annotations.txt", flat, names)
-        test = flat if _subfolders(flat) else test
-    if not test.is_dir():
-        raise UserError(f"{root} has no {test.name}/<class>/* for the test accuracy.")
-    found = [name for name in _class_folders(test) if name != "images" or name in names]
-    if odd := sorted(set(found) ^ set(names)):
-        raise UserError(f"{test} and {root / 'train'} must hold the same class folders, but only one of them "
-                        f"has {odd[0]!r} ({len(odd)} such); complete data.root or remove the folder.")
-    return _read_folders(test, names, names)
-
-
-def _subfolders(folder):
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _class_folders(folder):
-    """The sorted names of the folders in a folder, at least two: a flat folder of images is no set."""
-    names = _subfolders(folder) if folder.is_dir() else []
-    if len(names) < 2:
-        raise UserError(f"{folder} holds {len(names)} class folders; sort images into one folder per class, "
-                        "and set data.root to the folder above it.")
-    return names
-
-
-def _read_folders(folder, found, names, complete=True):
-    """All images in the class folders `found`, labeled by place in `names`. Empty: refused if `complete`."""
-    files, labels, others = [], [], []
-    for name in found:
-        # In sub-folders too. A link to nowhere counts, and is named when it is read.
-        walk = os.walk(folder / name, followlinks=True)
-        paths = [os.path.join(at, file) for at, _, some in walk for file in some]
-        # Hidden files and folders (._cat.jpg, .ipynb_checkpoints) are nobody's images.
-        paths = [path for path in paths if "/." not in path[len(str(folder)):]]
-        images = sorted(path for path in paths if path.lower().endswith(SUFFIXES))
-        if not images and complete:
-            raise UserError(f"{folder / name} holds no images; complete the class or remove its folder.")
-        others += [path for path in paths if not path.lower().endswith(SUFFIXES)]
-        files += images
-        labels += [names.index(name)] * len(images)
-    if others:
-        note(f"{folder}: {len(others)} files do not end like images and are not read, such as {others[0]}")
-    return ImageSet(labels, names, files=files)
-
-
-@functools.cache
-def note(text):
-    """Prints a line once, on the first process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
-def _annotated(path, folder, names):
-    """Tiny-ImageNet's val as downloaded; a line of the list is file, wnid and a box."""
-    try:
-        labels = {file: names.index(wnid) for file, wnid, *_ in map(str.split, path.read_text().splitlines())}
-        if odd := set(labels) ^ {file for file in os.listdir(folder) if not file.startswith(".")}:
-            raise ValueError(f"{sorted(odd)[0]} is in one of them only")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} does not list {folder}'s images ({error}); download it again.") from None
-    return ImageSet(list(labels.values()), names, files=[str(folder / file) for file in labels])
-
-
-def _robustness(folder, names):
-    """A folder of <class name>/*, matched by name with the training set's classes; `present`: which match."""
-    if not folder.is_dir():
-        raise UserError(f"data.robustness={str(folder)!r} is neither 'renditions' nor a folder of classes.")
-    # Folders of other names are left out: the model cannot choose them.
-    found = [name for name in _subfolders(folder) if name in names]
-    if len(found) < 2:
-        raise UserError(f"data.robustness={folder} has {len(found)} of the training set's class names, "
-                        f"for example {names[0]!r}; rename its folders.")
-    imageset = _read_folders(folder, found, names, complete=False)
-    imageset.present = imageset.labels.unique()
-    if len(imageset.present) < 2:
-        raise UserError(f"data.robustness={folder} has images of {len(imageset.present)} classes only.")
-    return imageset
-
-
-def few_shot_set(config):
-    """The test images of the few-shot set. Of a folder: <class>/* in its test/, its val/ or itself."""
-    f = config["few_shot"]
-    # Images as the model knows them (size, crop), but of another set, with all its classes.
-    other = {"set": f["set"], "root": f["root"], "classes": None, "test_images": f["images"]}
-    options = {**config["data"], **other}
-    try:
-        if f["set"] != "folder":
-            return load({"data": options}, "test")
-        root = _root(options)
-        folder = next((folder for folder in (root / "test", root / "val") if folder.is_dir()), root)
-        names = _class_folders(folder)
-        return _some(_read_folders(folder, names, names), f["images"])
-    except UserError as e:
-        text = str(e).replace("data.test_images", "few_shot.images").replace("data.", "few_shot.")
-        raise UserError(text) from None
-
-
-def _cifar100(options, part):
-    """CIFAR-100's binary version: records of coarse label, fine label, 3072 bytes (RGB planes of 32 x 32)."""
-    path = _root(options) / f"{part}.bin"
-    raw = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0)
-    # No header, so only the length and the fine labels, every 3074th byte from the second, can be checked.
-    if not len(raw) or len(raw) % 3074 or raw[1::3074].max() > 99:
-        raise UserError(f"{path} is missing or not whole CIFAR-100 records; set data.root to the folder "
-                        "cifar-100-binary, or download it again.")
-    records, names = raw.reshape(-1, 3074), path.with_name("fine_label_names.txt")
-    names = names.read_text().split() if names.is_file() else map(str, range(100))
-    return ImageSet(records[:, 1].astype(int), names, torch.tensor(records[:, 2:].reshape(-1, 3, 32, 32)))
-
-
-def _cub(options, part):
-    """CUB-200-2011: three lists, joined by the image's number, say each file's class (from 1) and split."""
-    root = _root(options)
-    try:
-        file, label, train = (dict(line.split() for line in (root / f"{name}.txt").read_text().splitlines())
-                              for name in ("images", "image_class_labels", "train_test_split"))
-        own = [n for n in file if (train[n], part) in (("1", "train"), ("0", "test"))]
-        # Names from both splits: training and test set must have the same classes in the same order.
-        names = {int(label[n]): file[n].split("/")[0] for n in file}
-        if sorted(names) != list(range(1, len(names) + 1)) or not own or set(train.values()) != {"0", "1"}:
-            raise ValueError("classes or splits are missing")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{root} does not hold CUB-200-2011 ({error}); set data.root to the folder of its "
-                        "images.txt, or unpack it again.") from None
-    return ImageSet([int(label[n]) - 1 for n in own], [names[k + 1] for k in range(len(names))],
-                    files=[str(root / "images" / file[n]) for n in own])

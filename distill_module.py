@@ -21,7 +21,10 @@ learns in fine-tuning. The gradient reaches S_i through the frozen M_{i+1} … M
 like M_0, and has no pre; S_{L-1} gives logits and has no post. The L pairs (T_i, S_i) do not depend on one
 another, but all start from states h of the same M: one run of M over a batch gives h_0 … h_{L-1} to all. The
 teacher's own modules are made the same way, without a teacher (α = 0) and without stitches: Deep Incubation.
-Afterwards assemble.py joins the modules, and finetune.py trains the whole.
+
+Why do modules that were trained apart fit together afterwards? Because each of them learned to read and to
+write the hidden states of the same M: M is their common interface. assemble.py joins the modules, and
+finetune.py trains the whole, so that they learn to do without M.
 
 Writes <output_dir>/<role>_modules/<i>.pt. Skips what is finished, resumes what is not; key=value overrides
 any key. finetune.py has the same loop for one whole model.
@@ -36,19 +39,17 @@ from models import kd, soft_target_ce
 
 def main():
     config, args = models.command_line(__doc__, ("student", "teacher"), module=dict(type=int))
-    if args.dry_run:
-        return models.dry_run(config)
     # Stage 2 trains the teacher's modules with labels alone, stage 4 the student's with labels and teacher.
     role, d = args.role, config["distill"]
-    options = {key: d[key] for key in ("tau", "kind", "reduction")}
-    name, alpha = ("incubate", 0.0) if role == "teacher" else ("distill", d["alpha"])
+    name = "incubate" if role == "teacher" else "distill"
+    alpha, options = models.alpha_of(config, name), {key: d[key] for key in ("tau", "kind", "reduction")}
     process = data.setup(config["device"])
     L = models.modules_of(config)
     if args.module not in (None, *range(L)):
         raise models.UserError(f"module={args.module} is not one of the modules 0 to {L - 1}.")
     wanted = range(L) if args.module is None else [args.module]
-    files = {i: f"{role}_modules/{i}.pt" for i in wanted}
-    files = {i: file for i, file in files.items() if not models.finished(config, name, file)}
+    files = {i: file for i, file in enumerate(models.files(config, name))
+             if i in wanted and not models.finished(config, name, file)}
     if not files:
         return models.announce(process, f"{name}: finished; skipped")
     train, validation = data.load(config, "train", name), data.load(config, "validation")
@@ -61,9 +62,9 @@ def main():
     teacher = models.frozen(config, "teacher", process) if alpha else None
     if teacher:
         # Far below M alone, T does not fit this M; above it, T has something to add.
-        hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process)
-        models.say(process, f"validation: meta model {alone} %, teacher hybrids {[*hybrids.values()]} %")
-        if min(hybrids.values()) < low:
+        hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process).values()
+        models.say(process, f"validation: meta model {alone} %, teacher hybrids {[*hybrids]} %")
+        if min(hybrids) < low:
             models.say(process, "warning: the teacher does not fit this meta model: was it incubated in it?")
     # Cut from one whole model, modules start as they would in it. But no parameter that learns belongs to
     # two of them, and each has an optimizer of its own: training all in one pass is training each alone.
@@ -71,14 +72,15 @@ def main():
     models.set_drop_path(whole, config["train"][name]["drop_path"])
     modules = models.cut(whole, config, role)
     students = {i: modules[i].to(process.device) for i in files}
-    stage, hybrids = models.Stage(config, process, name, students, files, train), {}
+    stage = models.Stage(config, process, name, students, files, train, only=args.module)
+    validated = {}
 
     for epoch in stage.epochs():
         for images, targets in stage.batches(epoch):
             # h_0 = images, h_i = M_{i-1} ∘ … ∘ M_0 (images): one run of M serves all pairs.
             with models.autocast(config, process.device), torch.no_grad():
                 hidden = meta.hidden_states(images)
-            for i, student in stage.ddp.items():
+            for i, student in stage.wrapped.items():
                 # Noise (drop path, jitter) is drawn from (step, i): the same for modules together or alone.
                 stage.seed_noise(i)
                 with models.autocast(config, process.device):
@@ -96,11 +98,11 @@ def main():
                 # Balance losses of a V-MoE's mixtures. 0 for a NAC's modules.
                 total = loss + models.regularizer(students[i], config)
                 (total / stage.c["accumulate"]).backward()
-                stage.count(i, loss, logits, targets)
+                stage.record(i, loss, logits, targets)
             stage.step()
-        hybrids = accuracy(meta, students, validation, config, process)
-        stage.end_epoch(hybrids)
-    for i, top1 in hybrids.items():
+        validated = accuracy(meta, students, validation, config, process)
+        stage.end_epoch(validated)
+    for i, top1 in validated.items():
         if top1 < low:
             models.say(process, f"module {i}'s hybrid ends at {top1} %, M at {alone} %: train it longer")
     stage.finish()

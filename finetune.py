@@ -20,36 +20,26 @@ from models import kd, soft_target_ce
 
 def main():
     config, args = models.command_line(__doc__, ("student", "meta", "teacher", "baseline", "baseline_kd"))
-    if args.dry_run:
-        return models.dry_run(config)
-    role, d = args.role, config["distill"]
-    options = {key: d[key] for key in ("tau", "kind", "reduction")}
-    c = models.schedule(config, role)
+    role, c = args.role, models.schedule(config, args.role)
     # The paper fine-tunes the student with labels alone; here the whole teacher can go on teaching it.
-    alpha = c["alpha"]
+    alpha, d = c["alpha"], config["distill"]
+    options = {key: d[key] for key in ("tau", "kind", "reduction")}
     process = data.setup(config["device"])
     if models.finished(config, role, f"{role}.pt"):
         return models.announce(process, f"{role}: finished; skipped")
-    if alpha and models.new_classes(config):
-        raise models.UserError("`target` has other classes than the teacher knows: train.student.alpha and "
-                               "role=baseline_kd need a teacher of the same classes.")
-    # A student may have other images than its modules had. A baseline is trained as the student is.
-    target = models.on_target(config, role)
-    train = data.load(target, "train", c["block"])
-    validation = data.load(target, "validation")
+    # A baseline has the student's images, epochs and recipe (the block train.student), but not its α.
+    train, validation = data.load(config, "train", c["block"]), data.load(config, "validation")
 
     # Teacher and student start from their assembled modules, meta model and baselines from scratch. A
     # baseline's graph prior is fitted now; assemble.py has done it for the student.
-    model = models.build(target, role)
-    if role in ("teacher", "student") and config[role]["start"]:
-        models.say(process, models.load_start(model, config, role))
-    elif role in ("teacher", "student"):
+    model = models.build(config, role)
+    if role in ("teacher", "student"):
         models.load_weights(model, models.needed(config, f"assemble_{role}", f"{role}_assembled.pt"))
     elif role.startswith("baseline"):
         models.say(process, models.fit_graph_prior(model, config))
     models.set_drop_path(model, c["drop_path"])
     model.to(process.device)
-    teacher = models.frozen(config, "teacher", process, target) if alpha else None
+    teacher = models.frozen(config, "teacher", process) if alpha else None
     stage = models.Stage(config, process, role, {role: model}, {role: f"{role}.pt"}, train)
 
     for epoch in stage.epochs():
@@ -57,7 +47,7 @@ def main():
             # Drop path, code jitter and the like are drawn from the step's number: no random state to save.
             stage.seed_noise()
             with models.autocast(config, process.device):
-                logits = stage.ddp[role](images).float()
+                logits = stage.wrapped[role](images).float()
                 loss = soft_target_ce(logits, targets)
                 if teacher:
                     with torch.no_grad():
@@ -67,9 +57,9 @@ def main():
                     loss = (1 - alpha) * loss + alpha * lesson
             total = loss + models.regularizer(model, config)
             (total / stage.c["accumulate"]).backward()
-            stage.count(role, loss, logits, targets)
+            stage.record(role, loss, logits, targets)
             stage.step()
-        stage.end_epoch({role: accuracy(model, validation, target, process)})
+        stage.end_epoch({role: accuracy(model, validation, config, process)})
     stage.finish()
 
 

@@ -2,44 +2,50 @@
 # run.sh – every stage of m2mKD in order, then the table: the student against its baseline.
 #
 #   bash run.sh configs/demo_nac.yaml [key=value …]        overrides go to every stage
-#   bash run.sh configs/demo_nac.yaml --dry-run            check the config, print the stages
+#   bash run.sh configs/demo_nac.yaml --dry-run            check the config, print the stages and what they cost
 #   LAUNCH="torchrun --nproc_per_node=8" bash run.sh …     the same on eight GPUs
+#   GOAL=distill bash run.sh …                             only what this stage needs, and the stage itself
 #
-# A stage that is finished is skipped and an unfinished one goes on, so starting this again after a kill is always right.
+# What is finished is left out and an unfinished stage goes on, so starting this again after a kill is right.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
-case ${1:---help} in -*) sed -n '2,8s/^# \{0,1\}//p' "$0"; case ${1:-} in -h | --help) exit 0 ;; esac; exit 2 ;; esac
+case ${1:---help} in -*) sed -n '2,9s/^# \{0,1\}//p' "$0"; case ${1:-} in -h | --help) exit 0 ;; esac; exit 2 ;; esac
 config=$1; shift
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=$(command -v python || command -v python3)
 launch=${LAUNCH:-$python}
 
 # glibc returns every large tensor to the system and faults it in again; CPU training is faster if it keeps them.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
-
+# Threads that wait for one another by spinning would take the cores that they wait for.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # torchrun kills what still runs 30 s after SIGTERM. Writing the checkpoint of a large model takes about as long.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
+words=() dry=
 for word in "$@"; do
-    case $word in --dry-run | --help | -h) exec $launch "$here/finetune.py" --config "$config" "$@" ;; esac
+    case $word in --dry-run) dry=1 ;; *) words+=("$word") ;; esac
 done
+[ -z "$dry" ] || exec "$python" "$here/tools/cost.py" --config "$config" ${words[@]+"${words[@]}"}
 
-# SIGTERM and Ctrl-C reach the stage at work, which saves; then this ends too.
-trap '[ -z "$job" ] || kill -TERM "$job" || true; wait; exit 143' TERM INT
+# A signal reaches the stage at work, which saves; then this ends too.
+trap '[ -z "$job" ] || kill -TERM "$job" || true; wait; exit 143' TERM INT HUP
 job=
-run() { $launch "$here/$1" --config "$config" "${@:2}" </dev/null & job=$!; wait "$job"; job=; }
+run() { "$@" </dev/null & job=$!; wait "$job"; job=; }
 
-# Given weights are looked at first, and the stages that would make them are left out.
-stages=$("$python" -c "import sys; sys.path.insert(0, '$here'); import models
-def main():
-    config, _ = models.command_line('', ['all'])
-    models.check_inputs(config)
-    for script, role, _ in models.stages(config): print(script, role)
-models.run(main)" \
-    --config "$config" "$@")
-n=$(wc -l <<<"$stages") k=0
-while read -r script role; do
-    k=$((k + 1))
-    STAGE="[$k/$n] " run "$script" "$@" "role=$role"
-done <<<"$stages"
-run evaluate.py "$@" role=all
+# Everything that can be wrong is looked at before anything is trained.
+commands=$("$python" "$here/tools/cost.py" --config "$config" ${words[@]+"${words[@]}"} --list)
+n=$(grep -c role= <<<"$commands" || true) k=0
+while read -r script word; do
+    case $script in
+        '') ;;
+        tools/report.py) "$python" "$here/$script" "$word" ;;
+        *)
+            k=$((k + 1))
+            export STAGE="[$k/$n] "
+            # shellcheck disable=SC2086
+            run $launch "$here/$script" --config "$config" ${words[@]+"${words[@]}"} "$word"
+            ;;
+    esac
+done <<<"$commands"

@@ -2,10 +2,11 @@
 # reproduce.sh – the runs behind the tables of docs/results.md.
 #
 #   bash docs/reproduce.sh                          prints the sections and roughly how long each takes
-#   bash docs/reproduce.sh SECTION [key=value …]    runs one; data.root=FOLDER etc. go to every command
+#   bash docs/reproduce.sh SECTION [key=value …]    runs one; the overrides go to every command
 #
-# Everything goes to runs/. Finished stages are skipped and interrupted ones resume, so start a stopped
-# section again. The figures were measured on a CPU with one thread a run. That is the default here.
+# Sets are made in data/ first, and everything else goes to runs/. Finished stages are skipped and interrupted
+# ones resume, so start a stopped section again. The figures were measured on a CPU with one thread a run.
+# That is the default here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -18,18 +19,33 @@ section=${1:-}
 overrides=(device=cpu "${@:2}")
 
 stage() { python "$@" "${overrides[@]}"; }
-# Each of the next three ends with an evaluation, which prints accuracies and keeps them in results.json.
-student() {  # m2mKD, assembly, fine-tuning
-  stage distill_module.py "$@" && stage assemble.py "$@" && stage finetune.py "$@" &&
+# The next five end with an evaluation, which prints accuracies and keeps them in results.json.
+score() {  # where results.md has 5-shot accuracies, on new classes too
   stage evaluate.py "$@"
+  case $section in glyphs | upcycling | fashion) stage tools/few_shot.py "$@" ;; esac
 }
-whole() {  # a whole model end to end, or a student whose weights are given by student.start
-  stage finetune.py "$@" && stage evaluate.py "$@"
+student() {  # m2mKD, assembly, fine-tuning
+  stage distill_module.py "$@"
+  assembled "$@"
+}
+assembled() {  # assembly and fine-tuning of modules that are there
+  stage assemble.py "$@"
+  whole "$@"
+}
+whole() {  # a whole model end to end, or a student whose assembled form is there
+  stage finetune.py "$@"
+  score "$@"
+}
+started_from() {  # FILE WORD …: a student that starts from the weights of a finished model
+  stage tools/convert.py "${@:2}" student_assembled="$1"
+  whole "${@:2}"
 }
 meta_and_teacher() {  # what students of one seed share
-  stage finetune.py "$@" role=meta && stage distill_module.py "$@" role=teacher &&
-  stage assemble.py "$@" role=teacher && stage finetune.py "$@" role=teacher &&
-  stage evaluate.py "$@" role=all
+  stage finetune.py "$@" role=meta
+  stage distill_module.py "$@" role=teacher
+  stage assemble.py "$@" role=teacher
+  stage finetune.py "$@" role=teacher
+  score "$@" role=all
 }
 lengths() {  # RUN BASE EPOCHS WORD …: the modules of RUN and RUN-alpha0 fine-tuned, and the same end to end
   local run=$1 base=$2 epochs=$3
@@ -68,23 +84,26 @@ gpu() {
   for seed in 30 31 32; do for precision in float32 bfloat16; do for kind in nac vmoe; do
     base=runs/demo_nac-gpu-$precision-s$seed
     mkdir -p "$base"
-    bash run.sh configs/demo_$kind.yaml seed=$seed share=$base output_dir=runs/demo_$kind-gpu-$precision-s$seed \
-      precision=$precision few_shot.set=null "${overrides[@]}"
+    bash run.sh configs/demo_$kind.yaml seed=$seed share=$base precision=$precision few_shot.root= \
+      output_dir=runs/demo_$kind-gpu-$precision-s$seed "${overrides[@]}"
   done; done; done
 }
 
-# results.md, "Whose gain is it?", after glyphs
+# results.md, "Whose gain is it?", after glyphs: modules and baselines of its runs
 transfer() {
-  local seed kind base run to drop epochs
+  local seed kind run to drop epochs shared
   for seed in 30 31 32 33 34; do for kind in nac vmoe; do
-    base=runs/demo_nac-s$seed  run=runs/demo_$kind-s$seed  to=runs/transfer_$kind-s$seed
+    run=runs/demo_$kind-s$seed  to=runs/transfer_$kind-s$seed
     shared="--config configs/transfer_$kind.yaml seed=$seed"
     # A baseline has no stitches, so the student that starts from its weights has none either.
     case $kind in nac) drop=assemble.stitches=drop epochs=24;; vmoe) drop= epochs=32;; esac
-    student $shared "share=[$run,$base]" output_dir=$to
+    stage tools/convert.py $shared output_dir=$to student_modules=$run/student_modules
+    assembled $shared output_dir=$to
     whole $shared output_dir=$to role=baseline
-    student $shared "share=[$run-alpha0,$base]" output_dir=$to-alpha0 distill.alpha=0
-    whole $shared output_dir=$to-pretrained student.start=$run-b$epochs/baseline.pt $drop
+    stage tools/convert.py $shared distill.alpha=0 output_dir=$to-alpha0 \
+      student_modules=$run-alpha0/student_modules
+    assembled $shared distill.alpha=0 output_dir=$to-alpha0
+    started_from $run-b$epochs/baseline.pt $shared output_dir=$to-pretrained $drop
   done; done
 }
 
@@ -96,22 +115,25 @@ upcycling() {
     dense=runs/demo_dense-s$seed-m$epochs  config="--config configs/demo_vmoe.yaml seed=$seed"
     whole $config output_dir=$dense role=meta train.meta.epochs=$epochs meta.width=48 teacher.width=48 \
       meta.mlp_ratio=1 meta.init_std=0.03
-    python docs/upcycle.py $config dense=$dense/meta.pt out=$dense/upcycled.pt
-    whole $config output_dir=runs/demo_vmoe-s$seed-upcycled-m$epochs student.start=$dense/upcycled.pt
+    python tools/upcycle.py $config dense=$dense/meta.pt out=$dense/upcycled.pt
+    started_from $dense/upcycled.pt $config output_dir=runs/demo_vmoe-s$seed-upcycled-m$epochs
   done; done
 }
 
-# results.md, "Fashion-MNIST" and "Accuracy against cost"
+# results.md, "Fashion-MNIST", with its picture of accuracy against cost
 fashion() {
-  local seed kind base run shared paper longer epochs
+  local seed kind base run few shared paper longer epochs
+  [ -f data/glyphs_2400.npz ] || python tools/prepare.py glyphs data/glyphs_2400.npz test=2400
+  few="few_shot.root=data/glyphs_2400.npz few_shot.images=2400"
   for seed in 3 4 5 6 7; do for kind in nac vmoe; do
     base=runs/fashion_nac-s$seed  run=runs/fashion_$kind-s$seed
     mkdir -p "$base"
-    shared="--config configs/fashion_$kind.yaml seed=$seed share=$base"
+    shared="seed=$seed share=$base $few"
+    bash run.sh configs/fashion_$kind.yaml $shared output_dir=$run "${overrides[@]}"
+    shared="--config configs/fashion_$kind.yaml $shared"
     # -total: about .8 (NAC) and .2 (V-MoE) of the multiply-adds of the whole pipeline
     case $kind in vmoe) longer=22;; nac) longer=24;; esac
     if [ $kind = nac ]; then paper="distill.codes=original assemble.stitches=drop"; else paper=; fi
-    bash run.sh configs/fashion_$kind.yaml seed=$seed share=$base output_dir=$run "${overrides[@]}"
     whole $shared output_dir=$run role=baseline_kd
     student $shared output_dir=$run-alpha0 distill.alpha=0
     student $shared output_dir=$run-paper distill.reduction=mean $paper
@@ -132,16 +154,16 @@ fashion_lengths() {
   local seed kind epochs
   for seed in 3 4 5 6 7; do for kind in nac vmoe; do for epochs in 6 12 24 48; do
     lengths runs/fashion_$kind-s$seed runs/fashion_nac-s$seed $epochs \
-      --config configs/fashion_$kind.yaml seed=$seed few_shot.set=null
+      --config configs/fashion_$kind.yaml seed=$seed
   done; done; done
 }
 
-# results.md, "All 58,000 images"
+# results.md, "What would keep the gain?": 58,000 images
 fashion_all() {
   local seed run shared stage epochs
   for seed in 3 4 5; do
     run=runs/fashion58k_vmoe-s$seed
-    shared="seed=$seed few_shot.set=null data.train_images=0 train.meta.epochs=4 train.incubate.epochs=2"
+    shared="seed=$seed few_shot.root= data.train_images=0 train.meta.epochs=4 train.incubate.epochs=2"
     shared="$shared train.teacher.epochs=2 train.distill.epochs=2"
     for stage in meta incubate teacher distill student; do shared="$shared train.$stage.warmup=0.25"; done
     bash run.sh configs/fashion_vmoe.yaml $shared train.student.epochs=1 output_dir=$run "${overrides[@]}"
@@ -154,13 +176,13 @@ fashion_all() {
   done
 }
 
-# results.md, "A smaller set": 1,000 images, four times an epoch
+# The same with 1,000 images, four times an epoch
 fashion_small() {
   local seed kind base run shared stage epochs
   for seed in 3 4 5; do for kind in nac vmoe; do
     base=runs/fashion1k_nac-s$seed  run=runs/fashion1k_$kind-s$seed
     mkdir -p "$base"
-    shared="seed=$seed few_shot.set=null data.train_images=1000"
+    shared="seed=$seed few_shot.root= data.train_images=1000"
     for stage in meta incubate teacher distill student; do shared="$shared train.$stage.passes=4"; done
     bash run.sh configs/fashion_$kind.yaml $shared share=$base output_dir=$run "${overrides[@]}"
     shared="--config configs/fashion_$kind.yaml $shared"
@@ -171,7 +193,12 @@ fashion_small() {
   done; done
 }
 
-# results.md, "A meta model that knows more": it has the teacher's labels
+own_teacher() {  # BASE WORD …: a student that the meta model of BASE teaches
+  stage tools/convert.py "${@:2}" "teacher.depths=[1,1,1]" teacher=$1/meta.pt
+  student "${@:2}" "teacher.depths=[1,1,1]"
+}
+
+# The same with a meta model that has the teacher's labels
 knows_more() {
   local seed base run shared
   for seed in 1 2 3; do
@@ -182,13 +209,13 @@ knows_more() {
     student $shared share=$base output_dir=$run
     student $shared share=$base output_dir=$run-alpha0 distill.alpha=0 train.distill.images=[0,500] \
       train.distill.passes=49 train.student.lr=0.032
-    student $shared share=$base output_dir=$run-self teacher.checkpoint=$base/meta.pt "teacher.depths=[1,1,1]"
+    own_teacher $base $shared share=$base output_dir=$run-self
     student $shared "share=[$run,$base]" output_dir=$run-both1 train.student.alpha=1 train.student.epochs=1 \
       train.student.images=[0,24500] train.student.passes=1 train.student.lr=0.032 train.student.warmup=0.2
   done
 }
 
-# results.md, "What does the teacher add?": the first three tables, without the rows of section states
+# results.md, "500 labels", without the rows of section states
 few_labels() {
   local seed kind base run shared labeled unlabeled kd drop epochs name
   for seed in 1 2 3 4 5; do
@@ -208,29 +235,27 @@ few_labels() {
       # These two take the modules of $run and of $run-alpha0, and fine-tune them differently.
       student $shared "share=[$run,$base]" output_dir=$run-both1 $kd
       student $shared "share=[$run-alpha0,$base]" output_dir=$run-a0kd distill.alpha=0 $labeled $kd
-      whole $shared share=$base output_dir=$run-both student.start=$run-both1/student.pt \
-        train.student.lr=0.004
+      started_from $run-both1/student.pt $shared share=$base output_dir=$run-both train.student.lr=0.004
       whole $shared share=$base output_dir=$run-e2e role=baseline train.student.lr=0.032
       for epochs in 1 2 3; do
         case $epochs in 1) name=kd;; 2) name=kd2;; 3) name=kdtotal;; esac
         whole $shared share=$base output_dir=$run-$name role=baseline_kd $unlabeled \
           train.student.epochs=$epochs
-        whole $shared share=$base output_dir=$run-${name}lab student.start=$run-$name/baseline_kd.pt \
+        started_from $run-$name/baseline_kd.pt $shared share=$base output_dir=$run-${name}lab \
           train.student.lr=0.004 $drop
       done
       student $shared share=$base output_dir=$run-half "train.distill.images=[0,12250]" $kd  # the NAC's row
       # From here on the V-MoE's rows
       [ $kind = vmoe ] || continue
       student $shared share=$base output_dir=$run-labelled $labeled
-      student $shared share=$base output_dir=$run-self teacher.checkpoint=$base/meta.pt \
-        "teacher.depths=[1,1,1]"
+      own_teacher $base $shared share=$base output_dir=$run-self
       student $shared share=$base output_dir=$run-tau4 distill.tau=4
       whole $shared share=$base output_dir=$run-total role=baseline train.baseline_epochs=20
     done
   done
 }
 
-# The rows of these tables that say "states". First few_labels, then the patch of docs/extend.md. Remove the
+# The rows of this table that say "states". First few_labels, then the patch of docs/extend.md. Remove the
 # patch afterwards: settings do not tell whether it was there.
 states() {
   local seed base run shared kd
@@ -272,9 +297,10 @@ END
 }
 
 # results.md, "Inside the student": the demos as they were, with fewer epochs. A line: the student, a
-# name, the change. The row with new codes at every step is not here: its option was removed after commit 9494a46.
+# name, the change. The row with new codes at every step is not here, because its option was removed after
+# commit 9494a46.
 inside() {
-  local seed kind name change base former
+  local seed kind name change base former run words
   for seed in 3 4 5 6 7; do
     base=runs/former-s$seed
     meta_and_teacher --config configs/demo_vmoe.yaml seed=$seed output_dir=$base
@@ -287,10 +313,15 @@ inside() {
         vmoe) former="train.distill.epochs=6 train.student.epochs=4 train.distill.lr=0.048"
               former="$former student.init_std=0.1";;
       esac
-      mkdir -p runs/former_$kind-s$seed
-      student --config configs/demo_$kind.yaml seed=$seed $former "share=[runs/former_$kind-s$seed,$base]" \
-        output_dir=runs/former_$kind-s$seed${name#config} $change
-    done 3<<END
+      run=runs/former_$kind-s$seed
+      mkdir -p $run
+      words="--config configs/demo_$kind.yaml seed=$seed $former share=[$run,$base]"
+      words="$words output_dir=$run${name#config} $change"
+      if [ $name = -e2et ]; then
+        stage tools/convert.py $words teacher=runs/former_e2e-s$seed/meta.pt
+      fi
+      student $words
+    done 3<<'END'
 nac config
 nac -drop assemble.stitches=drop
 nac -keep assemble.stitches=keep
@@ -310,14 +341,45 @@ vmoe -keep train.distill.warmup=0.5 assemble.stitches=keep
 vmoe -balance train.distill.warmup=0.5 student.balance=0.01
 vmoe -experts2 train.distill.warmup=0.5 student.experts=2
 vmoe -experts8 train.distill.warmup=0.5 student.experts=8
-vmoe -e2et train.distill.warmup=0.5 teacher.checkpoint=runs/former_e2e-s$seed/meta.pt
+vmoe -e2et train.distill.warmup=0.5
 END
   done
 }
 
+# The paper's comparison on Tiny-ImageNet, which we have not run: the NAC from its modules, and the same NAC
+# end to end, for each graph prior. The modules learn on ImageNet first, once for all. MODULES=FOLDER takes
+# the authors' modules instead. LAUNCH="torchrun --nproc_per_node=8" uses eight GPUs.
+paper() {
+  local modules=${MODULES:-runs/tiny_imagenet_modules/student_modules} prior words
+  overrides[0]=device=auto
+  if [ -z "${MODULES:-}" ]; then
+    GOAL=distill bash run.sh configs/tiny_imagenet_modules.yaml output_dir=runs/tiny_imagenet_modules \
+      "${overrides[@]}"
+  fi
+  for prior in scale_free planted_partition ring_of_cliques erdos_renyi; do
+    words="output_dir=runs/tiny_imagenet_nac-$prior assemble.graph=$prior"
+    # The planted partition has the block model as its regularizer, the others hinge repulsion.
+    case $prior in
+      planted_partition) words="$words train.student.regularizer=1";;
+      *) words="$words train.student.regularizer=0.1";;
+    esac
+    if [ -d data/tiny_imagenet_r ]; then words="$words data.robustness=[data/tiny_imagenet_r]"; fi
+    stage tools/convert.py --config configs/tiny_imagenet_nac.yaml $words student_modules=$modules
+    bash run.sh configs/tiny_imagenet_nac.yaml $words "${overrides[@]}"
+  done
+}
+
 case $section in
-  glyphs | gpu | upcycling | transfer | fashion | fashion_lengths | fashion_all | fashion_small | few_labels | \
-    states | knows_more | one_thing | inside)
+  glyphs | gpu | upcycling | transfer | inside)
+    [ -f data/lower_case.npz ] || python tools/prepare.py demo
+    ;;
+  fashion | fashion_lengths | fashion_all | fashion_small | few_labels | states | knows_more | one_thing)
+    [ -f data/fashion_mnist.npz ] || python tools/prepare.py fashion_mnist data/fashion_mnist.npz
+    ;;
+esac
+case $section in
+  glyphs | gpu | upcycling | transfer | fashion | fashion_lengths | fashion_all | fashion_small | \
+    few_labels | states | knows_more | one_thing | inside | paper)
     "$section"
     ;;
   *)
@@ -338,9 +400,15 @@ states            20 minutes    with the teacher's states; needs few_labels and 
 knows_more        30 minutes    500 labels, and a meta model of 30,000
 one_thing         1.5 hours     100 or 2,000 labels, or a teacher of 4,000; needs few_labels
 inside            1.5 hours     codes, stitches, graph priors, experts
+paper             1,360 hours   the paper's NAC on Tiny-ImageNet with four graph priors (the time is of one
+                                GPU at 150 TFLOP/s; 14 hours with MODULES=FOLDER, the authors' modules)
 
-Fashion-MNIST is Debian's package dataset-fashion-mnist, or data.root=FOLDER with its four .gz files.
-Mean and standard deviation over seeds: python evaluate.py --report runs/demo_nac-s*
+Fashion-MNIST is Debian's package dataset-fashion-mnist, or, from a folder with its four .gz files:
+    python tools/prepare.py fashion_mnist data/fashion_mnist.npz FOLDER
+Section paper wants ImageNet in data/imagenet (train/<class>/*, val/<class>/*), Tiny-ImageNet in
+data/tiny_imagenet and, if it is there, Tiny-ImageNet-R in data/tiny_imagenet_r:
+    python tools/prepare.py tiny_imagenet data/tiny_imagenet FOLDER      and so tiny_imagenet_r
+Mean and standard deviation over seeds: python tools/report.py runs/demo_nac-s*
 END
     [ -z "$section" ] || exit 2
     ;;

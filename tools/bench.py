@@ -1,9 +1,9 @@
-"""How fast models.py and data.py are, beside the literal definitions of literal.py: prints one table.
+"""How fast models.py and data.py are, beside the literal definitions of tests/literal.py: prints one table.
 
-    python tests/bench.py                 all rows (some minutes on two cores)
-    python tests/bench.py read-in moe     only the rows whose names (ROWS, at the end) hold one of the words
-    python tests/bench.py stages          every stage of the paper's configs; on a CPU at batch 1
-    torchrun --nproc_per_node=8 tests/bench.py ddp      what averaging gradients costs on 8 GPUs
+    python tools/bench.py                 all rows (some minutes on two cores)
+    python tools/bench.py read-in moe     only the rows whose names (ROWS, at the end) hold one of the words
+    python tools/bench.py stages          every stage of the paper's configs; on a CPU at batch 1
+    torchrun --nproc_per_node=8 tools/bench.py ddp      what averaging gradients costs on 8 GPUs
 
 Forward and backward; the sides of a row run by turns in one process, and their medians are compared. `ratio`
 is the left time over the right one: above 1, the right side is faster. Memory is the peak of what tensors
@@ -46,7 +46,9 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import cost
 import data
 import literal
 import models
@@ -60,6 +62,8 @@ SIZES = {  # a NAC, and the images of a step on a CPU
     "ImageNet": (dict(image_size=224, width=512, heads=8, latents=(192, 768, 64), classes=1000,
                       ffn_ratio=1), 2),
     "Tiny": (dict(image_size=64, width=384, heads=6, latents=(64, 256, 64), classes=200, ffn_ratio=2), 8)}
+VITS = {  # patch, width, heads, blocks
+    "tiny": (16, 192, 3, 12), "small": (16, 384, 6, 12), "base": (16, 768, 12, 12), "large": (16, 1024, 16, 24)}
 REPEATS = {"ImageNet": 2, "Tiny": 3}  # of a whole step: on two cores the larger one takes seconds
 
 
@@ -107,7 +111,7 @@ def peak():
 
 def flops(function):
     """Floating-point operations of a function's products; the formulas are those that torch lacks."""
-    formulas = {torch.ops.aten.convolution_backward: models.convolution_backward,
+    formulas = {torch.ops.aten.convolution_backward: cost.convolution_backward,
                 torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1]}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         function()
@@ -310,7 +314,7 @@ def moe_loop(goal):
 def vit(goal):
     """A whole ViT, Large on a GPU and Small on a CPU, beside timm's."""
     name, batch = ("large", 64) if CUDA else ("small", 2)
-    patch, width, heads, depth = models.ARCHITECTURES[f"vit_{name}"]
+    patch, width, heads, depth = VITS[name]
     model = models.ViT(224, patch, width, heads, [depth], 1000).to(DEVICE)
     images = torch.randn(batch, 3, 224, 224, device=DEVICE)
     labels = torch.randint(1000, (batch,), device=DEVICE)
@@ -334,7 +338,7 @@ def ddp(goal):
     if not dist.is_initialized():  # one process; those of torchrun have joined already
         store = dist.TCPStore("127.0.0.1", 0, is_master=True)
         dist.init_process_group("nccl" if CUDA else "gloo", store=store, rank=0, world_size=1)
-    patch, width, heads, depth = models.ARCHITECTURES["vit_base" if CUDA else "vit_tiny"]
+    patch, width, heads, depth = VITS["base" if CUDA else "tiny"]
     model = models.ViT(224, patch, width, heads, [depth], 1000, moe={"experts": 8}).to(DEVICE)
     images = torch.randn(64 if CUDA else 2, 3, 224, 224, device=DEVICE)
     labels = torch.randint(1000, (len(images),), device=DEVICE)
@@ -350,7 +354,7 @@ def ddp(goal):
 def settings(folder, *overrides):
     """Config for class folders, with the paper's augmentation."""
     (Path(folder) / "c.yaml").write_text(
-        "data: {set: folder, classes: 10, resized_crop: [0.08, 1], flip: 0.5, randaugment: 9, erasing: 0.25, "
+        "data: {classes: 10, resized_crop: [0.08, 1], flip: 0.5, randaugment: 9, erasing: 0.25, "
         "mixup: 0.8, cutmix: 1.0, smoothing: 0.1, workers: 0}")
     return models.load_config(Path(folder) / "c.yaml", overrides)
 
@@ -410,15 +414,6 @@ def loader(goal):
              rates[1] / rates[0], "", goal)
 
 
-def validation(goal):
-    with tempfile.TemporaryDirectory() as folder:
-        imageset = photographs(folder, 64, 64, 1024)
-        config = settings(folder, "data.image_size=64")
-        rates = [images_a_second(data.eval_batches(imageset, config, PROCESS)) for _ in range(2)]
-        line("first | next validation, 64 px", *map(in_words, rates), rates[1] / rates[0], "",
-             goal)
-
-
 def transfer(goal):
     what = "float32 | uint8 to the GPU: 256 images of 224 px"
     if not CUDA:
@@ -429,18 +424,6 @@ def transfer(goal):
     images = images.pin_memory()
     row(what, lambda: floats.to(DEVICE, non_blocking=True),
         lambda: data.normalize(images.to(DEVICE, non_blocking=True), options), goal)
-
-
-def checkpoint(goal):
-    """A ViT's weights and AdamW's moments: how long they take to the disk, and into a copy on the CPU."""
-    name = "large" if CUDA else "small"
-    patch, width, heads, depth = models.ARCHITECTURES[f"vit_{name}"]
-    model = models.ViT(224, patch, width, heads, [depth], 1000).to(DEVICE)
-    content = [p.detach().clone() for p in model.parameters() for _ in range(3)]
-    with tempfile.TemporaryDirectory() as folder:
-        a, b = medians([lambda: models.write(Path(folder, "0.pt"), lambda file: torch.save(content, file)),
-                        lambda: [p.to("cpu", copy=True) for p in content]], 1)
-    line(f"written | copied: checkpoint of a ViT-{name.title()}", f"{a:.2f} s", f"{b:.2f} s", a / b, "", goal)
 
 
 def one_pass(goal):
@@ -510,17 +493,18 @@ def evaluation(goal):
          in_words(len(images) / b), a / b, "", goal)
 
 
-def training(config, role, stage):
+def training(config, name):
     """A step of a stage, of modules of the second one, on random images -> the function, how many images."""
-    c, s, alone = models.on_target(config, stage), models.schedule(config, stage), stage == role
+    s, role = models.schedule(config, name), models.STAGES[name][1]
+    alone = name == role
     with DEVICE:
-        whole = models.build(c, role)
-        meta, teacher = (None if alone else models.build(c, other).requires_grad_(False).eval()
+        whole = models.build(config, role)
+        meta, teacher = (None if alone else models.build(config, other).requires_grad_(False).eval()
                          for other in ("meta", "teacher"))
-        images = torch.randn(s["batch"] if CUDA else 1, 3, *[c["data"]["image_size"]] * 2)
-        targets = torch.rand(len(images), c["data"]["classes"]).softmax(-1)
+        images = torch.randn(s["batch"] if CUDA else 1, 3, *[config["data"]["image_size"]] * 2)
+        targets = torch.rand(len(images), config["data"]["classes"]).softmax(-1)
     models.set_drop_path(whole, s["drop_path"])
-    module = whole if alone else models.cut(whole, c, role)[1].to(DEVICE)
+    module = whole if alone else models.cut(whole, config, role)[1].to(DEVICE)
     optimizer = models.optimizer(module.train(), s)
     if config["compile"] and CUDA:
         for model in (module,) if alone else (module, meta, teacher):
@@ -535,11 +519,11 @@ def training(config, role, stage):
                     hidden = meta.hidden_states(images)
                 logits = meta.rest(2, module(hidden[1])).float()
                 loss = soft_target_ce(logits, targets)
-                if stage == "distill":
+                if s["alpha"]:
                     with torch.no_grad():
                         taught = meta.rest(2, teacher.parts[1](hidden[1])).float()
                     loss = 0.5 * loss + 0.5 * kd(logits, taught)
-        (loss + models.regularizer(module, c)).backward()
+        (loss + models.regularizer(module, config)).backward()
         if s["clip"]:
             torch.nn.utils.clip_grad_norm_(module.parameters(), s["clip"])
         optimizer.step()
@@ -547,27 +531,24 @@ def training(config, role, stage):
     return run, len(images)
 
 
-def stages(name):
-    """Every stage of a paper config, at its micro-batch; on a CPU at batch 1, in float32, uncompiled."""
+def stages(config_name, *names):
+    """Stages of a paper config, at their micro-batches; on a CPU at batch 1, in float32, uncompiled."""
     if not CUDA and not any("stages" in word for word in sys.argv[1:]):
-        return skip(f"all stages of {name}", "needs a GPU; the word stages tries them on a CPU, at batch 1")
-    config = models.load_config(Path(__file__).parent.parent / "configs" / f"{name}.yaml")
-    for script, role, stage in models.stages(config):
-        if script != "assemble.py":
-            run, batch = training(config, role, stage)
-            if CUDA:
-                torch.cuda.reset_peak_memory_stats()
-            spent = medians([run], 3)[0]
-            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in all" if CUDA else ""
-            # cost() tells the multiply-adds of an epoch: whole steps of the config's batch
-            s, images = models.schedule(config, stage), models.images_of(config, stage)
-            images -= images % (s["batch"] * s["accumulate"])
-            operations = 2 * models.cost(config, stage, () if stage == role else [1])[2] * batch / images
-            line(f"{name}: {stage}{', one module' * (stage != role)}, batch {batch}",
-                 f"{1000 * spent:.0f} ms", in_words(batch / spent), None, memory,
-                 rate(operations, spent))
-            del run
-            torch.compiler.reset()
+        why = "needs a GPU; the word stages tries them on a CPU, at batch 1"
+        return skip(f"all stages of {config_name}", why)
+    config = models.load_config(ROOT / "configs" / f"{config_name}.yaml")
+    for name in names:
+        run, batch = training(config, name)
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        spent = medians([run], 3)[0]
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in all" if CUDA else ""
+        one = name in ("incubate", "distill")
+        macs = cost.cost(config, name, [1] if one else ())[2] * batch / models.schedule(config, name)["batch"]
+        line(f"{config_name}: {name}{', one module' * one}, batch {batch}",
+             f"{1000 * spent:.0f} ms", in_words(batch / spent), None, memory, rate(2 * macs, spent))
+        del run
+        torch.compiler.reset()
 
 
 ROWS = {
@@ -596,13 +577,12 @@ ROWS = {
     "data ImageNet": lambda: pipeline(
         "224 px from 500x375 JPEG, full augmentation", 224, 500, 375, 96, 92, "150 im/s"),
     "loader": lambda: loader("0.8x the cores"),
-    "validation": lambda: validation("10x: small sets stay in memory"),
     "transfer": lambda: transfer("1x"),
-    "checkpoint": lambda: checkpoint("3x"),
     "evaluation": lambda: evaluation("2.5x"),
-    "stages ImageNet NAC": lambda: stages("imagenet_nac"),
-    "stages ImageNet V-MoE": lambda: stages("imagenet_vmoe"),
-    "stages Tiny NAC": lambda: stages("tiny_imagenet_nac"),
+    "stages ImageNet NAC": lambda: stages("imagenet_nac", "meta", "incubate", "teacher", "distill", "student"),
+    "stages ImageNet V-MoE": lambda: stages(
+        "imagenet_vmoe", "meta", "incubate", "teacher", "distill", "student"),
+    "stages Tiny NAC": lambda: stages("tiny_imagenet_nac", "student"),
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,359 @@
+"""Promises of tools/prepare.py: drawn pixels never move, every reader reads its set or says what is missing.
+
+1 Drawn sets and renditions.
+2 Sets of others, each from a tiny source made here, whole and broken, read back by data.load().
+3 The command: what is written is whole, and nothing else is harmed.
+"""
+
+import gzip
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from conftest import ROOT
+from data import UserError
+
+sys.path.insert(0, str(ROOT / "tools"))
+import prepare  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, words)])
+    prepare.main()
+
+
+def load(root, split="test"):
+    options = dict(root=str(root), classes=None, train_images=0, validation_images=1, test_images=0)
+    return data.load({"seed": 0, "data": options}, split)
+
+
+def read(root, split="test"):
+    """[(class name, red of the first pixel), …] of a set."""
+    images = load(root, split)
+    reds = [data.read_image(images.source(i)).getpixel((0, 0))[0] for i in range(len(images))]
+    return [(images.class_names[k], red) for k, red in zip(images.labels.tolist(), reds)]
+
+
+def save_image(path, red, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (red, 0, 0)).save(path)
+
+
+def crc(array):
+    return f"{zlib.crc32(np.ascontiguousarray(array)):08x}"
+
+
+# ---------- 1 Drawn sets and renditions
+
+
+def test_drawn_pixels_never_move(monkeypatch):
+    few = ["train=30", "validation=20", "test=25"]
+    for words in (["glyphs", "a.npz", *few], ["lower_case", "b.npz", *few], ["glyphs", "c.npz", *few, "size=48"]):
+        run(monkeypatch, *words)
+    found = {file: {key[:-7]: crc(value) for key, value in np.load(file).items() if key.endswith("_images")}
+             for file in ("a.npz", "b.npz", "c.npz")}
+    assert found == CHECKSUMS
+
+
+CHECKSUMS = {}
+
+
+def test_a_drawn_set_is_balanced_disjoint_and_of_the_numbers_asked_for(monkeypatch):
+    run(monkeypatch, "glyphs", "new/g.npz", "train=48", "validation=24", "test=48", "size=16")
+    with np.load("new/g.npz", allow_pickle=False) as arrays:
+        assert "".join(arrays["class_names"]) == "ABCDEFGHJKLMNPRSTWXYZ347"
+        splits = {key[:-7]: arrays[key] for key in arrays if key.endswith("_images")}
+        for split, images in splits.items():
+            labels = arrays[f"{split}_labels"]
+            assert images.dtype == np.uint8 and labels.dtype == np.int64 and images.shape[1:] == (16, 16, 3)
+            assert set(np.bincount(labels, minlength=24)) == {len(images) // 24}
+    assert {split: len(images) for split, images in splits.items()} == {
+        "train": 48, "validation": 24, "test": 48, "renditions": 48}
+    assert len({image.tobytes() for images in splits.values() for image in images}) == 168
+
+
+def test_the_demo_has_the_sizes_that_its_configs_expect(monkeypatch):
+    monkeypatch.setattr(prepare, "draw_glyph", lambda *_: np.zeros((32, 32, 3), np.uint8))
+    monkeypatch.setattr(prepare, "rendition", lambda image, index: image)
+    run(monkeypatch, "demo")
+    sizes = {name: [len(np.load(f"data/{name}.npz")[f"{split}_labels"])
+                    for split in ("train", "validation", "test", "renditions")] for name in ("glyphs", "lower_case")}
+    assert sizes == {"glyphs": [5000, 1000, 2000, 2000], "lower_case": [1400, 700, 1400, 1400]}
+
+
+def test_every_kind_of_rendition_occurs_for_every_class_and_changes_the_image(monkeypatch):
+    image = Image.fromarray(prepare.draw_glyph(3, 3))
+    kinds = {zlib.crc32(np.asarray(prepare.rendition(image, i))) for i in range(100)}
+    assert len(kinds) == 8 and zlib.crc32(np.asarray(image)) not in kinds
+    # With a kind in step with the label, index % 8 of 24 classes, each class would have kinds of its own.
+    monkeypatch.setattr(prepare, "RENDITIONS", [lambda _, k=k: Image.new("L", (1, 1), k) for k in range(8)])
+    assert len({(i % 24, prepare.rendition(None, i).getpixel((0, 0))) for i in range(2400)}) == 24 * 8
+
+
+def test_renditions_of_a_folder_keep_its_classes_and_order(monkeypatch):
+    for split, name, red in (("train", "a/0", 1), ("train", "b/0", 2), ("test", "a/sub/x", 3),
+                             ("test", "a/x", 4), ("test", "b/x", 5)):
+        save_image(Path(f"set/{split}/{name}.png"), red)
+    save_image(Path("set/test/b/x.jpg"), 90)  # two files that differ by their suffix
+    run(monkeypatch, "renditions", "r", "set")
+    test = load("set")
+    files = [f"r/{'aabb'[i]}/{i:06}.png" for i in range(4)]
+    assert sorted(map(str, Path("r").glob("*/*"))) == files
+    for i, file in enumerate(files):
+        redrawn = prepare.rendition(data.read_image(test.source(i)), i)
+        assert np.array_equal(data.read_image(file), redrawn)
+
+
+def test_imagenet_r_is_squashed_whatever_its_shape(monkeypatch):
+    for name in ("n1", "n2"):
+        wide = np.zeros((30, 100, 3), np.uint8)
+        wide[:, 50:] = 255
+        Path(f"r/{name}").mkdir(parents=True)
+        Image.fromarray(wide).save(f"r/{name}/0.png")
+    Path("r/README.txt").write_text("not a class")
+    run(monkeypatch, "tiny_imagenet_r", "out", "r")
+    image = np.asarray(Image.open("out/n2/000001.png"))
+    assert image.shape == (64, 64, 3) and not image[:, :28].any() and (image[:, 36:] == 255).all()
+
+
+# ---------- 2 Sets of others
+
+
+def write_idx(path, array):
+    header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes(), 1))
+
+
+def fashion(root, count=20):
+    rng = np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        write_idx(root / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        write_idx(root / f"{prefix}-labels-idx1-ubyte.gz", (np.arange(count) % 10).astype(np.uint8))
+
+
+def test_fashion_mnist_is_padded_and_repeated_to_three_channels(monkeypatch, tmp_path):
+    fashion(tmp_path)
+    run(monkeypatch, "fashion_mnist", "f.npz", tmp_path)
+    arrays = np.load("f.npz")
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        raw = np.frombuffer(gzip.open(f"{prefix}-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
+        images = arrays[f"{split}_images"]
+        assert images.shape == (20, 32, 32, 3) and arrays[f"{split}_labels"].tolist() == [*range(10)] * 2
+        assert (images[:, 2:30, 2:30] == raw.reshape(20, 28, 28, 1)).all()
+        assert images.sum() == 3 * raw.astype(int).sum()  # the border is zero
+    assert arrays["class_names"][9] == "Ankle boot" and len(arrays["renditions_images"]) == 20
+
+
+BROKEN_IDX = {"empty": b"", "no gzip": b"<html>not found</html>", "no idx": gzip.compress(b"hello"),
+              "short": gzip.compress(bytes(16) + bytes(100)), "fewer": gzip.compress(bytes(16 + 19 * 784)),
+              "cut off": gzip.compress(os.urandom(5000))[:-400]}
+
+
+@pytest.mark.parametrize("content", BROKEN_IDX.values(), ids=BROKEN_IDX)
+def test_fashion_files_that_are_broken_are_refused(monkeypatch, tmp_path, content):
+    fashion(tmp_path)
+    Path("t10k-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(UserError, match="not the whole of fashion_mnist"):
+        run(monkeypatch, "fashion_mnist", "f.npz", ".")
+    assert not Path("f.npz").exists()
+
+
+def test_fashion_files_of_another_set_or_nowhere_are_refused(monkeypatch, tmp_path):
+    fashion(tmp_path)
+    write_idx(Path("train-labels-idx1-ubyte.gz"), np.full(20, 10, np.uint8))  # EMNIST's files have these names
+    with pytest.raises(UserError, match="train: 20 images and 20 labels up to 10"):
+        run(monkeypatch, "fashion_mnist", "f.npz", ".")
+    Path("t10k-labels-idx1-ubyte.gz").unlink()
+    Path("train-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(UserError, match="train-labels-idx1-ubyte.gz"):
+        run(monkeypatch, "fashion_mnist", "f.npz", ".")
+    with pytest.raises(UserError, match="nowhere is not there; install Debian's dataset-fashion-mnist"):
+        run(monkeypatch, "fashion_mnist", "f.npz", "nowhere")
+
+
+def test_cifar100_records_are_read_by_fine_label_and_planes(monkeypatch):
+    records = np.random.default_rng(0).integers(0, 256, (5, 3074), dtype=np.uint8)
+    records[:, 1] = [7, 99, 0, 3, 3]
+    records.tofile("test.bin")
+    records[::-1].tofile("train.bin")
+    names = Path("fine_label_names.txt")
+    names.write_text("\n".join(f"name{k}" for k in range(100)))
+    run(monkeypatch, "cifar100", "c.npz", ".")
+    arrays = np.load("c.npz")
+    assert arrays["test_labels"].tolist() == [7, 99, 0, 3, 3] == arrays["train_labels"].tolist()[::-1]
+    assert arrays["class_names"][99] == "name99"
+    assert arrays["test_images"][4, 2, 3, 1] == records[4, 2 + 1024 + 2 * 32 + 3]  # green, row 2, column 3
+    whole = Path("train.bin").read_bytes()
+    # Truncated, empty, a label that cannot be; a list that is not all there.
+    for file, content in (("train.bin", whole[:-1]), ("train.bin", b""), ("train.bin", bytes([200]) * 3074),
+                          (names, b"apple")):
+        Path("train.bin").write_bytes(whole)
+        Path(file).write_bytes(content)
+        with pytest.raises(UserError, match=str(file)):
+            run(monkeypatch, "cifar100", "d.npz", ".")
+    Path("test.bin").unlink(), Path("train.bin").write_bytes(whole)
+    with pytest.raises(UserError, match="test.bin"):
+        run(monkeypatch, "cifar100", "d.npz", ".")
+
+
+CUB = {"images": ["0 001.a/x.png", "1 001.a/y.png", "2 002.b/x.png", "3 002.b/z.png"],
+       "image_class_labels": ["3 2", "2 2", "1 1", "0 1"], "train_test_split": ["0 0", "1 1", "2 0", "3 1"]}
+
+
+def cub(lists=CUB):
+    for red, name in enumerate(("001.a/x", "001.a/y", "002.b/x", "002.b/z")):
+        save_image(Path(f"cub/images/{name}.png"), red)
+    for name, lines in lists.items():
+        Path(f"cub/{name}.txt").write_bytes("\n".join(lines).encode("latin-1"))
+
+
+def test_cub_is_joined_by_image_number_and_linked(monkeypatch):
+    cub()
+    run(monkeypatch, "cub", "out", "cub")
+    assert read("out") == [("001.a", 0), ("002.b", 2)]
+    assert sorted(read("out", "train") + read("out", "validation")) == [("001.a", 1), ("002.b", 3)]
+    links = [path for path in Path("out").glob("*/*/*") if path.is_symlink()]
+    assert len(links) == 4 and all(os.path.isabs(os.readlink(path)) for path in links)
+
+
+@pytest.mark.parametrize("name, line", [
+    ("images", "0"), ("images", "x 001.a/0.png"), ("images", "0 003.c/x.png"), ("images", "\xff"),
+    ("image_class_labels", "3 x"), ("image_class_labels", "3"), ("image_class_labels", "3 7"),
+    ("image_class_labels", "3 1"), ("image_class_labels", "3 -1"), ("train_test_split", "0 2"),
+    ("train_test_split", "0 1"), ("train_test_split", ""), ("images", None), ("image_class_labels", None)])
+def test_lists_of_cub_that_do_not_fit_are_refused(monkeypatch, name, line):
+    cub({**CUB, name: [line, *CUB[name][1:]] if line is not None else []})
+    with pytest.raises(UserError, match="not the whole of cub"):
+        run(monkeypatch, "cub", "out", "cub")
+
+
+@pytest.mark.parametrize("name", [*CUB, "images/002.b/z.png"])
+def test_what_cub_lacks_is_named_and_nothing_is_left(monkeypatch, name):
+    cub()
+    path = Path(f"cub/{name}.txt" if name in CUB else f"cub/{name}")
+    path.unlink()
+    for _ in range(2):
+        with pytest.raises(UserError, match=str(path)):
+            run(monkeypatch, "cub", "out", "cub")
+        assert os.listdir() == ["cub"]
+        path.symlink_to("nowhere") if not path.is_symlink() else None  # a broken link is not there either
+
+
+LAYOUTS = {"downloaded": None, "class folders": "val/{}", "class folders with images": "val/{}/images",
+           "within images": "val/images/{}"}
+
+
+def tiny(layout):
+    for red, name in enumerate(("n1", "n2")):
+        for i in range(2):
+            save_image(Path(f"tiny/train/{name}/images/{i}.png"), red)
+        if layout != "downloaded":
+            save_image(Path("tiny", LAYOUTS[layout].format(name), "v.png"), red)
+    if layout == "downloaded":
+        for i, red in enumerate((1, 0, 1)):
+            save_image(Path(f"tiny/val/images/val_{i}.png"), red)
+        lines = [f"val_{i}.png\tn{(2, 1, 2)[i]}\t0\t0\t7\t7\n" for i in (2, 0, 1)]
+        Path("tiny/val/val_annotations.txt").write_text("".join(lines))
+        Path("tiny/val/images/.DS_Store").write_text("hidden")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tiny_imagenet_is_read_in_every_layout(monkeypatch, layout):
+    tiny(layout)
+    if layout != "downloaded":  # what was left over when it was sorted
+        Path("tiny/val/images").mkdir(exist_ok=True)
+        Path("tiny/val/images/.DS_Store").write_text("hidden")
+        Path("tiny/val/val_annotations.txt").write_text("v.png n1 0 0 7 7")
+    run(monkeypatch, "tiny_imagenet", "out", "tiny")
+    assert sorted(read("out")) == [("n1", 0)] + [("n2", 1)] * (2 if layout == "downloaded" else 1)
+    assert sorted(read("out", "train") + read("out", "validation")) == [("n1", 0)] * 2 + [("n2", 1)] * 2
+
+
+@pytest.mark.parametrize("layout, change, named", [
+    ("downloaded", lambda: save_image(Path("tiny/val/images/val_3.png"), 0), "val_3.png"),
+    ("downloaded", lambda: Path("tiny/val/images/val_1.png").unlink(), "val_1.png"),
+    ("downloaded", lambda: Path("tiny/val/val_annotations.txt").write_text("val_0.png\n"), "tiny_imagenet"),
+    ("downloaded", lambda: Path("tiny/val/val_annotations.txt").unlink(), "val"),
+    ("class folders", lambda: os.rename("tiny/val/n2", "tiny/val/n3"), "n2"),
+    ("class folders", lambda: save_image(Path("tiny/val/n3/v.png"), 0), "n3"),
+    ("class folders", lambda: Path("tiny/val/n2/v.png").unlink(), "n2"),
+    ("within images", lambda: os.rename("tiny/val/images/n2", "tiny/val/images/n3"), "n2"),
+    ("class folders", lambda: Path("tiny/train/n3").mkdir(), "n3"),
+    ("class folders", lambda: Path("tiny/train/n3").symlink_to("nowhere"), "n3"),
+    ("class folders", lambda: Path("tiny/train/n1/images/2.png").symlink_to("nowhere"), "2.png"),
+    ("class folders", lambda: Path("tiny/val/n1/2.png").symlink_to("nowhere"), "2.png")])
+def test_what_tiny_imagenet_lacks_is_named(monkeypatch, layout, change, named):
+    tiny(layout)
+    change()
+    with pytest.raises(UserError, match=named):
+        run(monkeypatch, "tiny_imagenet", "out", "tiny")
+    assert os.listdir() == ["tiny"]
+
+
+def test_a_broken_link_below_imagenet_r_or_test_images_is_named(monkeypatch):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            save_image(Path(f"set/{split}/{name}/0.png"), 0)
+    Path("set/test/b/1.png").symlink_to("nowhere")
+    for name, folder in (("renditions", "set"), ("tiny_imagenet_r", "set/test")):
+        with pytest.raises(UserError, match="set/test/b/1.png"):
+            run(monkeypatch, name, "out", folder)
+
+
+# ---------- 3 The command
+
+
+@pytest.mark.parametrize("words", [
+    [], ["mnist", "out"], ["cub", "out"], ["cub"], ["glyphs"], ["glyphs", "a.npz", "folder"], ["demo", "out"],
+    ["glyphs", "a.npz", "train=0"], ["glyphs", "a.npz", "train=x"], ["glyphs", "a.npz", "classes=4"],
+    ["cub", "out", "cub", "train=3"], ["cub", "out", "cub", "more"]])
+def test_what_is_no_command_prints_all_sets(monkeypatch, capsys, words):
+    with pytest.raises(UserError, match="is none of these commands"):
+        run(monkeypatch, *words)
+    printed = capsys.readouterr().err
+    assert all(f"prepare.py {name}" in printed or f"so {name}" in printed for name in prepare.SETS)
+    assert not os.listdir()
+
+
+def test_the_script_runs_from_any_folder_and_ends_with_2():
+    script = [sys.executable, ROOT / "tools/prepare.py"]
+    done = subprocess.run([*script, "cub", "out", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere/images.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_is_never_mixed_with_old_files_and_an_npz_is_replaced(monkeypatch):
+    cub()
+    save_image(Path("out/train/001.a/old.png"), 0)
+    with pytest.raises(UserError, match="out is not empty"):
+        run(monkeypatch, "cub", "out", "cub")
+    assert sorted(os.listdir()) == ["cub", "out"] and len(list(Path("out").rglob("*.png"))) == 1
+    Path("empty").mkdir()
+    run(monkeypatch, "cub", "empty", "cub")
+    assert len(list(Path("empty").rglob("*.png"))) == 4
+    for count in (3, 2):
+        run(monkeypatch, "glyphs", "g.npz", "train=1", "validation=1", f"test={count}", "size=8")
+        assert len(np.load("g.npz")["test_images"]) == count
+    with pytest.raises(UserError, match="ends in .npz"):
+        run(monkeypatch, "glyphs", "g", "train=1", "validation=1", "test=1")
+
+
+def test_a_bad_image_leaves_no_half_of_a_folder(monkeypatch):
+    for name in ("a", "b"):
+        save_image(Path(f"r/{name}/0.png"), 0)
+    Path("r/b/1.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="r/b/1.png is not a readable image"):
+        run(monkeypatch, "tiny_imagenet_r", "out", "r")
+    assert os.listdir() == ["r"]

@@ -1,0 +1,556 @@
+"""Promises of tools/report.py, tools/cost.py, tools/few_shot.py and tools/upcycle.py; nothing is trained.
+
+Report: one run is an aligned table, a verdict and report.md; several are Markdown, a row a name and role, mean ±
+sample standard deviation over seeds. What cannot be used is left out with a reason, and runs that differ in
+more than their seed are never averaged. Costs are those of the logs, of shared runs too.
+Cost: nothing is allocated, no data is needed, multiply-adds are those computed by hand.
+Few-shot: support and query are disjoint, only a linear classifier is trained, and episodes depend on the seed.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import cost
+import data
+import few_shot
+import models
+import report
+import upcycle
+
+VIT = {"patch": 8, "width": 16, "heads": 2, "depths": [1, 1, 1]}
+CONFIG = {
+    "device": "cpu", "precision": "float32",
+    "data": {"image_size": 16, "classes": 4, "validation_images": 8, "workers": 0},
+    "meta": VIT, "teacher": VIT, "train": {"student": {"epochs": 2}},
+    "student": {"width": 16, "heads": 2, "head_width": 8, "latents": [4, 16, 2], "propagators": 1}}
+
+
+def write_set(path, classes=4, images=40, names="abcdefghij"):
+    rng, labels = np.random.default_rng(0), np.arange(images) % classes
+    arrays = {f"{split}_images": rng.integers(0, 256, (images, 16, 16, 3), dtype=np.uint8)
+              for split in ("train", "test")}
+    np.savez(path, class_names=list(names[:classes]), train_labels=labels, test_labels=labels, **arrays)
+    return path
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder with a config and its data."""
+    options = {**CONFIG["data"], "root": str(write_set(tmp_path / "set.npz"))}
+    tree = {**CONFIG, "data": options, "output_dir": str(tmp_path / "run")}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a tool's main() -> what it prints on stdout; UserErrors come out."""
+    def call(tool, *words):
+        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, words)])
+        capsys.readouterr()
+        tool.main()
+        out, call.errors = capsys.readouterr()
+        return out
+    return call
+
+
+# ---------- Report
+
+TMAC = {"meta": 1, "incubate": 2, "teacher": 4, "distill": 8, "student": 16, "baseline": 3}  # of an epoch
+EPOCHS = {"meta": 10, "incubate": 10, "teacher": 10, "distill": 10, "student": 2, "baseline": 2}  # of 10 s
+BOTH = {"student": {"test": 80.0}, "baseline": {"test": 10.0}}
+
+
+def write_run(folder, top1, stages=(), *overrides, made=None, imported=()):
+    """Writes a run's folder: accuracies {role: {set: %}}, for each stage so many epochs, finished files."""
+    folder.mkdir(parents=True)
+    config = models.load_config(folder.parent / "c.yaml", [f"output_dir={folder}", *overrides])
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for name in [*imported, *((stages or top1) if made is None else made)]:
+        for file in models.files(config, name):
+            (folder / file).parent.mkdir(exist_ok=True)
+            models.save_finished(config, name, file, {}, "abcd", folder.name if name in imported else None)
+    results = [{"role": role, "set": name, "top1": value, "top5": 100.0, "images": 100}
+               for role, sets in top1.items() for name, value in sets.items()]
+    (folder / "results.json").write_text(json.dumps(results))
+    lines = []
+    for stage, epochs in dict(stages).items():
+        modules = [0, 1, 2] if stage in ("incubate", "distill") else [stage]
+        lines += [{"stage": stage, "module": module, "epoch": epoch, "seconds": 10 / len(modules),
+                   "images": 100, "modules": modules} for epoch in range(epochs) for module in modules]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def reported(call, monkeypatch):
+    """-> lines of what is printed about these folders, where an epoch of a stage costs TMAC."""
+    monkeypatch.setattr(report, "per_image", lambda config, name, modules: TMAC[name] * 1e10)
+    return lambda *folders: call(report, *folders).splitlines()
+
+
+def cells(lines, name):
+    """{column: cell} of the row of that name in a table of Markdown."""
+    rows = [re.split(r" (?<!\\)\| ", line[2:-2]) for line in lines if line.startswith("|")]
+    (row,) = (row for row in rows[2:] if row[0] == name)
+    return dict(zip(rows[0], row, strict=True))
+
+
+def test_seeds_are_one_row_of_mean_and_sample_std_and_other_names_another(home, reported):
+    for seed, top1 in enumerate((80.0, 84.0, 91.0)):
+        write_run(home / f"a-s{seed}", {"student": {"test": top1}}, (), f"seed={seed}")
+    for seed, top1 in ((0, 70.0), (2, 78.0), (9, 99.0)):
+        sets = {"student": {"test": top1, "renditions": 30.0}}
+        write_run(home / f"a-s{seed}-alone", sets, (), "distill.alpha=0", f"seed={seed}")
+    lines = reported(*(home / f"a-s{seed}" for seed in range(3)), home / "a-s0-alone")
+    assert all(line.startswith("|") for line in lines) and not list(home.rglob("report.md"))
+    plain, alone = cells(lines, "a student"), cells(lines, "a-alone student")
+    # mean (80 + 84 + 91) / 3 = 85; deviations −5, −1, 6: sample variance 62 / 2 = 31, std 5.57
+    assert (plain["seeds"], plain["test %"], plain["renditions %"]) == ("3", "85.0 ± 5.6", "–")
+    assert (alone["seeds"], alone["test %"], alone["renditions %"]) == ("1", "70.0", "30.0")
+    # Against the first name, seed by seed: 70 − 80 of seed 0. A run is not compared with itself.
+    assert (alone["against a, test"], plain["against a, test"]) == ("-10.0", "–")
+    # Of seeds 0 and 2 −10 and −13: mean −11.5, std 2.1; seed 9 has no partner.
+    alone = cells(reported(*sorted(home.glob("a-*"))), "a-alone student")
+    assert (alone["seeds"], alone["against a, test"]) == ("3", "-11.5 ± 2.1")
+
+
+def edit(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("overrides, spoil, reason", [
+    (["train.student.lr=1"], None, "train.student.lr is 1 here and 0.0005 in"),
+    (["data.root=other.npz"], None, "data.checksum is"),
+    (["seed=1"], None, "is named a and has seed 1, too"),
+    ([], lambda run: edit(run / "results.json", ': 100}', ': 50}'), "scored on 50 images of test,"),
+    ([], lambda run: edit(run / "results.json", '"top1": 9.0', '"top1": "9"'), "evaluate.py did not write"),
+    ([], lambda run: edit(run / "results.json", "}]", ""), "cannot be read"),
+    ([], lambda run: (run / "results.json").unlink(), "holds no results: run evaluate.py first"),
+    ([], lambda run: edit(run / "config.yaml", "root:", "set: glyphs\n  root:"), "data.set is not a key"),
+    ([], lambda run: (run / "config.yaml").unlink(), "is not a run's folder"),
+    ([], lambda run: (run / "student.pt").unlink(), "data.checksum is None here")])
+def test_a_run_that_cannot_be_used_is_left_out_and_the_others_are_reported(
+        home, reported, call, monkeypatch, overrides, spoil, reason):
+    monkeypatch.chdir(home)
+    write_set(home / "other.npz", images=44)
+    for seed in (1, 2):
+        write_run(home / f"a-s{seed}", {"student": {"test": 80.0 + seed}}, (), f"seed={seed}")
+    odd = write_run(home / "a-s3", {"student": {"test": 9.0}}, (), "seed=3", *overrides)
+    if spoil:
+        spoil(odd)
+    lines = reported(*sorted(home.glob("a-s*")))
+    assert cells(lines, "a student")["test %"] == "81.5 ± 0.7"
+    (error,) = [line for line in call.errors.splitlines() if "not counted" not in line]
+    assert error.startswith(f"{odd} is left out: ") and reason in error
+
+
+def test_runs_of_one_name_may_differ_in_what_was_imported_with_their_seed(home, reported, call):
+    for seed in (1, 2, 3):
+        write_run(home / f"a-s{seed}", {"student": {"test": 80.0 + seed}}, (), f"seed={seed}",
+                  f"few_shot.images={seed}", imported=["teacher"] * (seed < 3))
+    assert cells(reported(*sorted(home.glob("a-s*"))), "a student")["test %"] == "81.5 ± 0.7"
+    assert "a-s3 is left out: " in call.errors and "teacher" in call.errors
+
+
+def test_nothing_to_report_is_an_error(home, call):
+    with pytest.raises(data.UserError, match="nowhere is not a run's folder"):
+        call(report, home / "nowhere")
+    with pytest.raises(data.UserError, match="None of these folders"):
+        call(report, home / "nowhere", home / "neither")
+    with pytest.raises(data.UserError, match="Name the folders"):
+        call(report)
+
+
+def costs(reported, folder, role="student"):
+    *_, verdict = reported(folder)
+    row = cells((folder / "report.md").read_text().splitlines(), role)
+    return row["own TMAC"], row["all TMAC"], row["own s"], verdict
+
+
+def test_costs_are_a_models_own_and_those_of_all_before(home, reported):
+    plain = write_run(home / "a", BOTH, EPOCHS)
+    # own: 10 epochs of m2mKD and 2 of fine-tuning, 10·8 + 2·16; before: 10·(1 + 2 + 4)
+    assert costs(reported, plain)[:3] == ("112", "182", "120")
+    assert costs(reported, plain, "baseline")[:3] == ("6", "6", "20")
+    # A run that shares stages counts them too, but not a stage of other settings.
+    student, words = {"student": {"test": 80.0}}, ["train.student.lr=1", f"share={plain}"]
+    shares = write_run(home / "b", student, {"student": 1}, *words)
+    assert costs(reported, shares) == ("96", "166", "110", "")
+    assert costs(reported, write_run(home / "c", student, {}, *words))[:3] == ("80", "150", "100")
+    # Without a teacher, incubation and the teacher's training are not its cost.
+    alone = write_run(home / "d", student, EPOCHS, "distill.alpha=0")
+    assert costs(reported, alone) == ("112", "122", "120", "")
+    # No log, no cost, and the reader is told.
+    (alone / "log.jsonl").unlink()
+    no_log = "is not there), ".join(("meta (its log ", "distill (its log ", "student (its log is not there)"))
+    assert costs(reported, alone) == ("–", "–", "–", f"not counted: {no_log}")
+    # What is gone changes no accuracy, and the reader is told, too.
+    shutil.rmtree(plain)
+    (home / "set.npz").unlink()
+    own, every, seconds, verdict = costs(reported, shares.rename(home / "renamed"))
+    assert (own, every, seconds) == ("16", "16", "10") and verdict.count("its log is not there") == 4
+
+
+@pytest.mark.parametrize("imported, own, every", [("assemble_student", "32", "32"), ("distill", "32", "32"),
+                                                  ("teacher", "112", "122"), ("student", "–", "–")])
+def test_what_made_imported_weights_is_not_counted(home, reported, imported, own, every):
+    made = [] if imported == "student" else ["student"]
+    run = write_run(home / "a", {"student": {"test": 80.0}}, EPOCHS, made=made, imported=[imported])
+    assert costs(reported, run)[::3] == (own, f"not counted: {imported} (imported)")
+    assert costs(reported, run)[1] == every
+
+
+def test_multiply_adds_of_a_line_are_those_of_its_pass(home, call):
+    """Modules that share a pass run the meta model once for all; a module alone runs it for itself."""
+    words = ["student.kind=vmoe", "student.experts=2"]
+    config = models.load_config(home / "c.yaml", words)
+    run = write_run(home / "a", BOTH, {"distill": 1, "student": 3}, *words)
+    row = report.Run(run).costs["student"]
+    together, alone = (cost.cost(config, "distill", only)[2] / 64 * 100 / 1e12 for only in ((), (1,)))
+    fine = 3 * cost.cost(config, "student")[2] / 64 * 100 / 1e12
+    assert row["own TMAC"] == pytest.approx(together + fine)
+    edit(run / "log.jsonl", '"module": 1, "epoch": 0, "seconds": 3.3333333333333335, "images": 100, '
+         '"modules": [0, 1, 2]', '"module": 1, "epoch": 0, "seconds": 1, "images": 100, "modules": [1]')
+    again = report.Run(run).costs["student"]["own TMAC"]
+    assert again == pytest.approx(together * 2 / 3 + alone + fine) and alone > together / 3
+
+
+def test_an_epoch_that_a_kill_repeated_and_a_line_that_was_cut_short_count_once(home, reported):
+    folder = write_run(home / "a", {"meta": {"test": 80.0}}, {"meta": 3})
+    *_, last = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps({**json.loads(last), "images": 500}) + "\n" + last[:20])
+    assert [line["images"] for line in report.read_log(folder)] == [100, 100, 500]
+    assert costs(reported, folder, "meta")[0] == "7"
+    # What follows the torn line stands on a line of its own.
+    models.append(folder / "log.jsonl", [{**json.loads(last), "epoch": 3}])
+    assert [line["epoch"] for line in report.read_log(folder)] == [0, 1, 2, 3]
+
+
+def test_one_run_is_an_aligned_table_and_a_verdict_and_report_md_has_all_columns(home, reported):
+    sets = {"test": 80.0, "a|b": 30.25, "few-shot lower_case 1-shot 8-way": 5.0, "more": 4.0}
+    folder = write_run(home / "a", {"student": sets, "baseline": {"test": 10.0}, "meta": sets}, EPOCHS)
+    head, *rows, verdict = reported(folder)
+    columns = ["model", *(f"{name} %" for name in list(sets)[:3]), "own TMAC", "all TMAC"]
+    assert re.split("  +", head) == columns
+    assert len({len(row) for row in (head, *rows)}) == 1 and len(head) < 100
+    assert [re.split("  +", row) for row in rows] == [
+        ["student", "80.0", "30.2", "5.0", "112", "182"], ["baseline", "10.0", "–", "–", "6", "6"],
+        ["meta", "80.0", "30.2", "5.0", "10", "10"]]
+    assert verdict == ("student 80.0 %, the same model end to end for the same epochs 10.0 % (+70.0); chance "
+                       "25.0 %; the whole pipeline cost 30.3 times the baseline's multiply-adds")
+    row = cells((folder / "report.md").read_text().splitlines(), "student")
+    assert list(row) == ["model", "seeds", "test %", r"a\|b %", columns[3], "more %", *columns[4:], "own s"]
+    assert row["more %"] == "4.0"
+
+
+@pytest.mark.parametrize("override, words", [
+    ("train.baseline_epochs=7", "the same model end to end for 7 epochs instead of 2 10.0 % (+70.0)"),
+    ("assemble.stitches=fold", "the same model without stitches end to end for the same epochs"),
+    ("train.student.alpha=0.5", "the same model end to end, with labels alone, for the same epochs")])
+def test_the_verdict_says_what_differs(home, reported, override, words):
+    assert words in reported(write_run(home / "a", BOTH, EPOCHS, override))[-1]
+
+
+# ---------- Cost: the demos' ViTs by hand
+#
+# 32 px, patch 8, so 16 patches and 17 tokens; width 64, MLP 128, 24 classes. A batch is 64 images.
+
+STEM = 64 * 16 * (3 * 8 * 8) * 64
+# qkv, projection, two layers of the MLP; q·k and the sum over v
+LINEAR, ATTENTION = 64 * 17 * 64 * (192 + 64 + 128 + 128), 64 * 2 * 17 * 17 * 64
+BLOCK, HEAD = LINEAR + ATTENTION, 64 * 64 * 24
+DEMO = {"data": {"image_size": 32, "classes": 24, "train_images": 5000, "root": "nowhere"},
+        "train": {"student": {"epochs": 6}}}
+DEMO |= {"meta": {"mlp_ratio": 2}, "teacher": {"mlp_ratio": 2, "depths": [2, 2, 2]}}
+STUDENTS = {"nac": {"mlp_ratio": 2}, "vmoe": {"kind": "vmoe", "width": 48, "mlp_ratio": 1, "experts": 4}}
+
+
+@pytest.fixture
+def demo(tmp_path):
+    def demo(*overrides, kind="nac"):
+        (tmp_path / "demo.yaml").write_text(yaml.safe_dump({**DEMO, "student": STUDENTS[kind]}))
+        return models.load_config(tmp_path / "demo.yaml", overrides)
+    return demo
+
+
+@pytest.fixture
+def work(demo):
+    return lambda name, *overrides, **kind: cost.cost(demo(*overrides, **kind), name)[2]
+
+
+def trained(forward):
+    """Backward costs twice the forward: the gradient of the input, and of the weight."""
+    return 3 * forward
+
+
+@pytest.mark.parametrize("kind, name", [("nac", "student"), ("vmoe", "meta"), ("vmoe", "baseline")])
+def test_parameters_and_their_state_are_counted(demo, kind, name):
+    config = demo(kind=kind)
+    parameters, state, _ = cost.cost(config, name)
+    # weight, gradient and two moments in float32
+    assert parameters == models.parameters(models.build(config, name)) and state == 16 * parameters
+
+
+def test_modules_count_the_frozen_models_as_weights_alone(demo):
+    config = demo(kind="vmoe")
+    meta, teacher = (models.parameters(models.build(config, role)) for role in ("meta", "teacher"))
+    parameters, state, _ = cost.cost(config, "distill")
+    modules = models.cut(models.build(config, "student"), config, "student")
+    assert parameters == sum(map(models.parameters, modules))
+    assert state == 16 * parameters + 4 * (meta + teacher)
+    assert cost.cost(demo("distill.alpha=0", kind="vmoe"), "distill")[1] == state - 4 * teacher
+
+
+def test_a_whole_models_multiply_adds_are_those_computed_by_hand(work):
+    # Nobody asks for the gradient of the images.
+    assert work("meta") == trained(STEM + 3 * BLOCK + HEAD) - STEM
+
+
+def test_a_frozen_suffix_has_no_gradients_of_weights(work):
+    def frozen(blocks):
+        # A linear layer costs 2 times its forward; attention has no weights, both of its inputs are states.
+        return 2 * (blocks * LINEAR + HEAD) + 3 * blocks * ATTENTION
+    prefix = STEM + 2 * BLOCK  # h_1 and h_2, once for all three modules
+    modules = (trained(STEM + 2 * BLOCK) - STEM + frozen(2),  # the teacher's modules have two blocks each
+               trained(2 * BLOCK) + frozen(1), trained(2 * BLOCK + HEAD))
+    assert work("incubate") == prefix + sum(modules)
+
+
+def test_a_teacher_costs_its_forward(work):
+    whole = STEM + 6 * BLOCK + HEAD
+    hybrids = (STEM + 2 * BLOCK) + (2 * BLOCK + HEAD) + (2 * BLOCK) + (2 * BLOCK + HEAD) + (BLOCK + HEAD)
+    for name, word, costs in (("distill", "distill.alpha=0", hybrids), ("baseline_kd", "distill.alpha=0", whole),
+                              ("student", "train.student.alpha=0", whole)):
+        more = work(name, "train.student.alpha=0.5", kind="vmoe")
+        assert more - work(name, "train.student.alpha=0.5", word, kind="vmoe") == costs
+
+
+def test_what_depends_on_codes_and_signatures_alone_is_computed_once_a_batch(work):
+    assert work("meta", "train.meta.batch=8") * 8 == work("meta")
+    assert work("student", "train.student.batch=8") * 8 > work("student")
+
+
+def test_a_mixture_counts_the_experts_that_a_token_uses(work):
+    dense = work("student", "student.mlp_ratio=2", "student.top_k=1", kind="vmoe")
+    assert work("student", kind="vmoe") == dense > 0
+    # Experts in one of three blocks: the other two's MLPs (17 tokens, 2 layers of 48·48) are not doubled.
+    less = work("student", kind="vmoe") - work("student", "student.moe_blocks=[0]", kind="vmoe")
+    assert less == 64 * 2 * trained(17 * 2 * 48 * 48)
+
+
+def test_a_depthwise_convolution_costs_each_channel_its_own_filter():
+    formulas = {torch.ops.aten.convolution_backward: cost.convolution_backward}
+    with torch.device("meta"):
+        x = torch.zeros(2, 8, 10, 10, requires_grad=True)
+        convolution = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8)
+        with cost.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            convolution(x).sum().backward()
+    assert counter.get_total_flops() / 2 == trained(2 * 10 * 10 * 8 * 7 * 7)
+
+
+@pytest.fixture
+def rows_of(call, monkeypatch):
+    """-> {stage: cells} of the printed table, where a stage has 1234 parameters and a batch 10¹⁰ MACs."""
+    monkeypatch.setattr(cost, "cost", lambda *_: (1234, 2**29, 1e10))
+
+    def rows_of(*words):
+        lines = [re.split(r"  +", line.replace("  finished", "")) for line in call(cost, *words).splitlines()]
+        return {line[0]: line[1:] for line in lines if len(line) > 1}
+    return rows_of
+
+
+def test_the_table_needs_no_data_and_counts_processes(tmp_path, demo, rows_of, monkeypatch):
+    demo()
+    words = ["--config", tmp_path / "demo.yaml", "train.meta.lr=0.032"]
+    rows = rows_of(*words)
+    stages = ["meta", "incubate", "teacher", "distill", "student", "baseline"]
+    assert [*rows] == ["stage", *stages, "to do"]
+    # 5,000 // 64 = 78 steps; 78 · 10 · 10¹⁰ multiply-adds, two operations each
+    assert rows["meta"] == ["1,234", "5,000", "10", "780", "64", "0.004 → 1e-05", "0.50", "7.8", "< 0.01"]
+    assert rows["to do"][0] == f"{7.8 * 4 + 4.68 * 2:.3g}"
+    # Three processes drop more of the 5,000 images: 16 steps of 300 are 48 batches of 100, not 50.
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert rows_of(*words, "train.meta.batch=100")["meta"][3:8] == ["160", "300", "0.019 → 1e-05", "0.50", "4.8"]
+    with pytest.raises(data.UserError, match="5000 training images"):
+        rows_of(*words, "train.meta.batch=5000")
+
+
+def test_a_set_that_is_not_here_has_its_known_size(tmp_path, demo, rows_of):
+    demo()
+    words = ["--config", tmp_path / "demo.yaml", "data.train_images=0", "train.meta.images=[0,99900]"]
+    for root, images in (("data/imagenet", 1280167), ("x/Tiny-ImageNet-200", 99000)):
+        rows = rows_of(*words, f"data.root={root}")
+        assert (rows["student"][1], rows["meta"][1]) == (f"{images:,}", f"{min(images, 99900):,}")
+    with pytest.raises(data.UserError, match="data.root='elsewhere' is not there; set data.train_images"):
+        rows_of(*words, "data.root=elsewhere")
+
+
+def test_a_model_that_fits_no_memory_is_counted(demo):
+    parameters, state, _ = cost.cost(demo("meta.width=65536", "teacher.width=65536"), "meta")
+    assert parameters > 2e10 and state > 300 * 2**30
+
+
+def test_finished_stages_are_marked_and_not_to_do(home, rows_of, call):
+    words = ["--config", home / "c.yaml", "train.*.batch=8"]
+    before = rows_of(*words)
+    models.save_finished(models.load_config(home / "c.yaml", words[2:]), "teacher", "teacher.pt", {})
+    rows = rows_of(*words)
+    assert before.keys() - rows.keys() == {"incubate"}
+    assert [line.split()[0] for line in call(cost, *words).splitlines() if line.endswith("finished")] == ["teacher"]
+    # 4 steps, 10 epochs and 10¹⁰ multiply-adds
+    assert float(before["to do"][0]) - float(rows["to do"][0]) == pytest.approx(2 * 0.4)
+    with pytest.raises(data.UserError, match="share=nowhere"):
+        rows_of(*words, "share=nowhere")
+
+
+def test_the_list_is_what_run_sh_runs(home, call, monkeypatch):
+    words = ["--config", home / "c.yaml", "--list", "output_dir=" + str(home / "a run")]
+    made = [f"{script}.py role={role}" for role, scripts in (
+        ("meta", ["finetune"]), ("teacher", ["distill_module", "assemble", "finetune"]),
+        ("student", ["distill_module", "assemble", "finetune"]), ("baseline", ["finetune"]))
+        for script in scripts]
+    last = ["evaluate.py role=all", f"tools/report.py {home / 'a run'}"]
+    assert call(cost, *words).splitlines() == made + last and not call.errors
+    monkeypatch.setenv("GOAL", "distill")
+    assert call(cost, *words).splitlines() == made[:5]
+    monkeypatch.setenv("GOAL", "distil")
+    with pytest.raises(data.UserError, match="GOAL=distil is not one of the stages meta, "):
+        call(cost, *words)
+    monkeypatch.delenv("GOAL")
+    config = models.load_config(home / "c.yaml", words[3:])
+    models.save_finished(config, "teacher", "teacher.pt", {})
+    assert call(cost, *words).splitlines() == [made[0], *made[4:], *last]
+    assert call.errors == "finished already: teacher\n"
+    # The few-shot set is looked at before anything is trained.
+    words += ["few_shot.root=" + str(home / "set.npz"), "few_shot.ways=4", "few_shot.shots=[1,2]"]
+    assert call(cost, *words).splitlines()[-2:] == ["tools/few_shot.py role=all", last[-1]]
+    for word, error in (("few_shot.shots=[1,3]", "3 in few_shot.shots"), ("share=no", "share=no"),
+                        ("few_shot.root=no", "few_shot.root='no'"), ("data.root=no", "data.root='no' is not")):
+        with pytest.raises(data.UserError, match=error):
+            call(cost, *words, word)
+
+
+def test_a_reader_that_left_is_no_traceback(tmp_path, demo):
+    demo()
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, ROOT / "tools/cost.py", "--config", tmp_path / "demo.yaml"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env={**os.environ, "GOAL": "meta"})
+    assert done.returncode != 0 and not done.stderr
+
+
+# ---------- Few-shot
+
+
+def test_episodes_are_seeded_disjoint_and_complete():
+    labels = np.arange(90) % 9
+    labels[labels == 8] = 7  # classes 0–6 have 10 images, 7 has 20
+    support, query = few_shot.episodes(labels, ways=4, shots=2, count=20, seed=1)
+    assert support.shape == (20, 8) and query.shape == (20, 24)
+    for s, q in zip(support, query):
+        classes = labels[s].reshape(4, 2)[:, 0]
+        assert len(set(classes)) == 4
+        assert labels[s].tolist() == classes.repeat(2).tolist()
+        assert labels[q].tolist() == classes.repeat(6).tolist()
+        assert len(set(s) | set(q)) == 4 * 8  # no image twice, none in both
+    again, other = (few_shot.episodes(labels, 4, 2, 20, seed) for seed in (1, 2))
+    assert (again[0] == support).all() and (again[1] == query).all() and not (other[0] == support).all()
+    assert len({tuple(sorted(labels[s])) for s in support}) > 5
+    with pytest.raises(data.UserError, match=r"few_shot.ways=4, but 1 classes have the 12 images that 3 in"):
+        few_shot.episodes(labels, 4, 3, 1, seed=1)
+
+
+def test_the_probe_learns_what_the_support_tells_and_nothing_else():
+    torch.manual_seed(0)
+    centers = torch.randn(6, 3, 1, 32)  # E ways 1 D
+
+    def near(n):
+        return (centers + 0.1 * torch.randn(6, 3, n, 32)).flatten(1, 2)
+
+    assert few_shot.linear_probe(near(1), near(7), 3).all()
+    # Support whose classes stand in another order teaches other labels: not one query is right.
+    moved = near(1)[:, [1, 2, 0]]
+    assert not few_shot.linear_probe(moved, near(7), 3)[..., 0].any()
+    chance = few_shot.linear_probe(torch.randn(200, 8, 32), torch.randn(200, 24, 32), 8)
+    assert chance.float().mean((0, 1)).tolist() == pytest.approx([1 / 8, 5 / 8], abs=0.03)
+
+
+def test_every_episode_is_its_own():
+    torch.manual_seed(0)
+    support, query = torch.randn(4, 6, 16), torch.randn(4, 9, 16)
+    together = few_shot.linear_probe(support, query, 3)
+    for one, (s, q) in zip(together, zip(support, query)):
+        assert torch.equal(few_shot.linear_probe(s[None], q[None], 3)[0], one)
+
+
+@pytest.mark.parametrize("kind", ["vmoe", "nac"])
+def test_features_are_what_the_classifier_is_given_from_any_number_of_processes(home, monkeypatch, kind):
+    config = models.load_config(home / "c.yaml", [f"student.kind={kind}", "student.experts=2"])
+    model, images = models.build(config, "student").eval(), data.load(config, "test")
+    sums, add = [], data.sum_over_processes
+    monkeypatch.setattr(data, "sum_over_processes", lambda tensor: sums.append(tensor.clone()) or add(tensor))
+    features, *_ = [few_shot.features_of(model, images, config, data.Setup(torch.device("cpu"), rank, world))
+                    for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3))]
+    assert torch.allclose(sums[0], sum(sums[1:]), atol=1e-5)
+    classifier, kept = model.pool.to_logits if kind == "nac" else model.head, []
+    classifier.forward = lambda x: kept.append(x) or x
+    with torch.no_grad():
+        model(next(data.eval_batches(images, config, data.Setup(torch.device("cpu"), 0, 1)))[0])
+    assert torch.allclose(features, F.layer_norm(kept[0], kept[0].shape[1:]), atol=1e-6)
+
+
+@pytest.mark.parametrize("split", ["test", "val", "", ".npz"])
+def test_the_command_keeps_mean_and_interval(home, call, split):
+    root = home / f"letters.v2{split if split == '.npz' else ''}"
+    if split == ".npz":
+        write_set(root, 5, names="avwxy")
+    else:
+        for k in range(40):
+            file = root / split / "avwxy"[k % 5] / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20 + k), (5 * k, 90, 50)).save(file)
+    few = [f"few_shot.root={root}", "few_shot.ways=3", "few_shot.shots=[1,2]", "few_shot.episodes=20"]
+    words = ["--config", home / "c.yaml", *few]
+    config = models.load_config(home / "c.yaml", few)
+    state = models.build(config, "meta").state_dict()
+    models.save_finished(config, "meta", "meta.pt", state, data.class_names(config["data"]))
+    lines = call(few_shot, *words, "role=all").splitlines()
+    assert lines[0].startswith("meta was trained on classes of 1 of these 5 names, such as 'a'")
+    results = json.loads((home / "run/results.json").read_text())
+    assert [r["set"] for r in results] == [f"few-shot letters.v2 {shots}-shot 3-way" for shots in (1, 2)]
+    for line, r in zip(lines[1:], results):
+        assert r["role"] == "meta" and r["episodes"] == 20 and r["images"] == 40 and r["top5"] == 100
+        assert 0 < r["ci95"] < 20 and 0 < r["top1"] < 100 and "top-5" not in line
+        assert f"top-1 {r['top1']:.2f} ± {r['ci95']:.2f} % of 40 images" in line
+    assert "of 30 images" in call(few_shot, *words, "role=meta", "few_shot.images=30", "few_shot.shots=[1]")
+    for word, error in (("few_shot.ways=6", "few_shot.ways=6"), ("few_shot.images=41", "few_shot.images=41"),
+                        ("few_shot.root=", "root is empty"), ("role=teacher", "teacher.pt is not there")):
+        with pytest.raises(data.UserError, match=error):
+            call(few_shot, *words, word)
+
+
+def test_an_upcycled_model_answers_as_the_dense_one_does(home, call):
+    dense = models.load_config(home / "c.yaml")
+    models.save_finished(dense, "meta", "meta.pt", models.build(dense, "meta").state_dict(), list("abcd"))
+    words = ["student.kind=vmoe", "student.experts=3", "student.moe_blocks=[1,2]"]
+    call(upcycle, "--config", home / "c.yaml", *words, f"dense={home}/run/meta.pt", f"out={home}/up.pt")
+    model, images = models.load(home / "up.pt"), torch.randn(2, 3, 16, 16)
+    assert hasattr(model.blocks[1], "moe") and model.class_names == list("abcd")
+    assert torch.allclose(model(images), models.load(home / "run/meta.pt")(images), atol=1e-5)

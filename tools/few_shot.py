@@ -1,0 +1,161 @@
+"""few_shot.py – accuracy on classes that a model has never seen, from a few labeled images of each.
+
+    python tools/few_shot.py --config configs/demo_nac.yaml               the student, on few_shot.root
+    python tools/few_shot.py --config configs/demo_nac.yaml role=all      all finished models
+    python tools/few_shot.py --config … few_shot.root=data/cub few_shot.shots=[1,5]
+    torchrun --nproc_per_node=8 tools/few_shot.py --config …
+
+few_shot.root is a folder (<class>/* in its test/, its val/ or itself) or an .npz (its test split). In an
+episode a linear classifier learns from the frozen model's features of `shots` images of each of `ways`
+classes, and is asked about three times as many others. Adds the means over all episodes to results.json.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import evaluate
+import models
+
+ROLES = ("student", "meta", "teacher", "baseline", "baseline_kd")
+
+
+def main():
+    config, words = models.command_line(__doc__, (*ROLES, "all"))
+    images, process = few_shot_set(config), data.setup(config["device"])
+    if not Path(config["output_dir"], "config.yaml").exists():  # of a run: how it was trained
+        models.begin(config, process)
+    for role in ROLES if words.role == "all" else [words.role]:
+        path = models.finished(config, role, f"{role}.pt", evaluating=True)
+        if words.role == "all" and not path:
+            continue
+        path = path or models.needed(config, role, f"{role}.pt")
+        model = models.build(config, role)
+        models.load_weights(model, path)
+        if known := {*models.about(path)["class_names"]} & {*images.class_names}:
+            models.say(process, f"{role} was trained on classes of {len(known)} of these "
+                       f"{len(images.class_names)} names, such as {min(known)!r}: they are not new to it")
+        for result in few_shot(model.to(process.device).eval(), images, config, process):
+            if process.rank == 0:
+                evaluate.keep(Path(config["output_dir"], "results.json"), {"role": role, **result})
+            top5 = f", top-5 {result['top5']:.2f} %" if config["few_shot"]["ways"] > 5 else ""
+            models.say(process, f"{role}, {result['set']}: top-1 {result['top1']:.2f} "
+                       f"± {result['ci95']:.2f} %{top5} of {result['images']:,} images")
+
+
+def few_shot_set(config):
+    """The images of few_shot.root -> ImageSet. Raises UserError if they are too few for the episodes."""
+    few, root = config["few_shot"], Path(config["few_shot"]["root"])
+    if not few["root"]:
+        raise data.UserError("few_shot.root is empty; set it to a folder of <class>/* or to an .npz.")
+    try:
+        if root.is_dir():
+            folder = next((root / part for part in ("test", "val") if (root / part).is_dir()), root)
+            names = data.class_folders(folder)
+            images = data.read_folders(folder, names, names)
+        else:
+            options = {**config["data"], "root": few["root"], "classes": None, "test_images": 0}
+            images = data.load({"data": options}, "test")
+    except data.UserError as e:
+        raise data.UserError(str(e).replace("data.root", "few_shot.root")) from None
+    images = data.subset(images, few["images"], "few_shot.images")
+    for shots in few["shots"]:
+        if small := len(images.class_names) - len(members(images.labels.numpy(), few["ways"], shots)):
+            data.note(f"few-shot, {shots}-shot: {small} of {len(images.class_names)} classes have fewer than "
+                      f"{4 * shots} images and are left out")
+    return images
+
+
+def few_shot(model, images, config, process):
+    """Yields a result for each number of shots: means over episodes, with 95 % intervals."""
+    few, labels = config["few_shot"], images.labels.numpy()
+    # The model is frozen, so each image goes through it once and serves all episodes.
+    features = features_of(model, images, config, process)
+    stem = Path(os.path.abspath(few["root"])).name.removesuffix(".npz")
+    for shots in few["shots"]:
+        # The same episodes for every role and run of a seed: models are compared on the same questions.
+        drawn = episodes(labels, few["ways"], shots, few["episodes"], config["seed"])
+        support, query = (features[indices] for indices in drawn)
+        accuracy = 100 * linear_probe(support, query, few["ways"]).float().mean(1)  # episodes 2
+        top1, top5 = accuracy.mean(0).tolist()
+        # 95 % interval of a mean: ± 1.96 σ / √episodes. It is about the draw of episodes, not about training.
+        interval = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
+        yield {"set": f"few-shot {stem} {shots}-shot {few['ways']}-way", "top1": top1, "top5": top5,
+               "images": len(images), "ci95": interval, "episodes": len(accuracy)}
+
+
+def members(labels, ways, shots):
+    """The indices of each class that has enough images for an episode: `shots` and 3·`shots` queries."""
+    found = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    found = [indices for indices in found if len(indices) >= 4 * shots]
+    if len(found) < ways:
+        raise data.UserError(
+            f"few_shot.ways={ways}, but {len(found)} classes have the {4 * shots} images that {shots} in "
+            f"few_shot.shots takes: {shots} to learn from, {3 * shots} to ask about; lower one of the two.")
+    return found
+
+
+def episodes(labels, ways, shots, count, seed):
+    """`count` few-shot episodes out of a set's labels (N): a pure function of the arguments.
+
+    -> support (count, ways·shots) and query (count, ways·3·shots), indices into the set, class by class.
+    """
+    found, drawn = members(labels, ways, shots), []
+    for episode in range(count):
+        rng = data.generator(seed, "few-shot", episode)
+        classes = rng.choice(len(found), ways, replace=False)
+        # Support and queries are drawn together, so no image is in both.
+        drawn.append([rng.permutation(found[c])[:4 * shots] for c in classes])
+    support, query = np.split(np.array(drawn), [shots], axis=2)  # count ways shots, count ways 3·shots
+    return support.reshape(count, -1), query.reshape(count, -1)
+
+
+@torch.no_grad()
+def features_of(model, images, config, process):
+    """What the model's classifier is given, for every image, once. -> N D on every process."""
+    # A hook on the classifier, so that no model needs a forward pass of its own for features.
+    classifier, mine = model.pool.to_logits if isinstance(model, models.NAC) else model.head, []
+    hook = classifier.register_forward_pre_hook(lambda _, inputs: mine.append(inputs[0].float()))
+    for x, _ in data.eval_batches(images, config, process):
+        with models.autocast(config, process.device):
+            model(x)
+    hook.remove()
+    # Each process fills in its own rows, and the sum puts them together.
+    features = torch.zeros(len(images), classifier.in_features, device=process.device)
+    features[process.rank::process.world] = torch.cat(mine)  # eval_batches' share of each process
+    # Of equal size for every model, so that one learning rate suits all.
+    return F.layer_norm(data.sum_over_processes(features), features.shape[1:])
+
+
+def linear_probe(support, query, ways):
+    """Trains a linear classifier for each of E episodes, all side by side.
+
+    support E ways·n D, query E ways·m D, class by class -> E ways·m 2: is the label the best, or among the
+    best 5?
+    """
+    E, D = len(support), support.shape[2]
+
+    def labels(x):  # E ways·n
+        return torch.arange(ways, device=x.device).repeat_interleave(x.shape[1] // ways).expand(E, -1)
+
+    # From zero, and convex: no seed. Without a bias, because classes are balanced and features have mean 0.
+    weight = torch.zeros(E, D, ways, device=support.device, requires_grad=True)
+    optimizer = torch.optim.Adam([weight], lr=0.01)
+    for _ in range(100):
+        # The sum: an episode's gradient does not depend on how many others there are.
+        loss = F.cross_entropy((support @ weight).transpose(1, 2), labels(support), reduction="sum")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    hits = (query @ weight.detach()).topk(min(5, ways)).indices == labels(query)[..., None]
+    return torch.stack([hits[..., 0], hits.any(-1)], dim=-1)
+
+
+if __name__ == "__main__":
+    models.run(main)

@@ -1,0 +1,245 @@
+"""report.py – tables over runs, mean ± std over seeds, and what a run shows in a sentence.
+
+    python tools/report.py runs/demo_nac          a run's table and verdict; all columns in its report.md
+    python tools/report.py runs/demo_nac*         all columns in Markdown, a row per run name and model
+
+A run's name is its folder's without the seed: runs/demo_nac-s3-alpha0 -> demo_nac-alpha0. Runs of one name
+may differ in their seed alone. ±: sample standard deviation over seeds. against X: difference to the same
+model of the first name, seed by seed. TMAC: 10¹² multiply-adds in training, counted from the log, of the
+stages that train the model itself (own) and of all that it needs. own s: seconds of its own stages.
+"""
+
+import functools
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cost
+import evaluate
+import models
+from data import UserError
+
+ROLES = ("student", "meta", "teacher", "baseline", "baseline_kd")
+RESULT = {"role": str, "set": str, "top1": (int, float), "images": int}
+COSTS = ("own TMAC", "all TMAC", "own s")
+BAR = r"\|"  # a | that does not end a cell of Markdown
+
+
+def main():
+    folders = list(dict.fromkeys(map(Path, sys.argv[1:])))
+    if not folders:
+        raise UserError("Name the folders of runs: python tools/report.py runs/demo_nac*")
+    runs = []
+    for folder in folders:
+        try:
+            run = Run(folder)
+            for other in runs:
+                run.check_beside(other)
+            runs.append(run)
+        except UserError as e:
+            if len(folders) == 1:
+                raise
+            print(f"{folder} is left out: {e}", file=sys.stderr)
+    if not runs:
+        raise UserError("None of these folders holds a run that can be reported.")
+    lines = table(runs, len(folders) > 1)
+    rows = [lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)]
+    markdown = "".join(f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |\n" for row in rows)
+    if len(folders) > 1:
+        print(markdown, end="")
+        for run in runs:
+            if run.uncounted:
+                print(f"{run.folder}: not counted: {', '.join(run.uncounted)}", file=sys.stderr)
+        return
+    columns = ["model", *[c for c in lines[0] if c.endswith("%")][:3], "own TMAC", "all TMAC"]
+    widths = {c: max(len(c), *(len(line[c]) for line in lines)) for c in columns}
+    for line in [dict(zip(columns, columns)), *lines]:
+        numbers = [line[c].rjust(widths[c]) for c in columns[1:]]
+        print(line["model"].ljust(widths["model"]), *numbers, sep="  ")
+    print(verdict(runs[0]))
+    models.write(folders[0] / "report.md", lambda file: file.write(markdown.encode()))
+
+
+class Run:
+    """What a run's folder says: scores {role: {set: top-1}}, settings, and costs {role: {column: value}}.
+
+    Neither its data nor the folders that it shares need be there.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.name = folder, re.sub(r"-s\d+", "", folder.absolute().name)
+        path = folder / "config.yaml"
+        if not path.is_file():
+            raise UserError(f"{folder} is not a run's folder: it holds no config.yaml.")
+        self.config = models.load_config(path)
+        self.read_results()
+        # The config, and what the finished files know beside it: the data and what was imported.
+        self.settings, self.known = models.flatten(self.config), {}
+        for role in self.scores:
+            self.known |= self.find(role)[1]
+            self.settings |= self.known
+        self.count_costs()
+
+    def read_results(self):
+        path = self.folder / "results.json"
+        results = evaluate.read_results(path)
+        if not results:
+            raise UserError(f"{self.folder} holds no results: run evaluate.py first.")
+        for r in results:
+            fits = isinstance(r, dict) and all(isinstance(r.get(key), kind) for key, kind in RESULT.items())
+            if not fits or r["role"] not in ROLES:
+                raise UserError(f"{path} holds an entry that evaluate.py did not write; remove the file and "
+                                "evaluate again.")
+        self.scores, self.sizes = {}, {}
+        for r in results:
+            self.sizes[r["set"]] = max(r["images"], self.sizes.get(r["set"], 0))
+        for r in results:
+            if r["images"] == self.sizes[r["set"]]:  # else only a part of the set was looked at
+                self.scores.setdefault(r["role"], {})[r["set"]] = r["top1"]
+
+    def find(self, name):
+        """-> the folder from which this run has a stage's result, and its settings; or None and {}."""
+        file = models.files(self.config, name)[0]
+        for folder in map(Path, models.folders(self.config)):
+            if (folder / file).is_file():
+                about = models.about(folder / file)
+                settings = about.get("settings") or {file: about.get("imported")}
+                if folder == self.folder or all(self.settings.get(k, v) == v for k, v in settings.items()):
+                    return folder, settings
+        return None, {}
+
+    def check_beside(self, other):
+        """Raises UserError if a table cannot hold both runs."""
+        same_data = self.settings.get("data.checksum") == other.settings.get("data.checksum")
+        for name in self.sizes.keys() & other.sizes.keys() if same_data else ():
+            if self.sizes[name] != other.sizes[name]:
+                raise UserError(f"it was scored on {self.sizes[name]} images of {name}, {other.folder} on "
+                                f"{other.sizes[name]}; evaluate both alike.")
+        if self.name != other.name:
+            return
+        if self.config["seed"] == other.config["seed"]:
+            raise UserError(f"{other.folder} is named {self.name} and has seed {self.config['seed']}, too; "
+                            "rename one of them.")
+        for key in ["data.checksum", *other.known, *self.known]:
+            old, new = (run.settings.get(key) for run in (other, self))
+            if key.endswith(".pt"):  # imported: of each seed another file, but of all seeds or none
+                old, new = old is not None, new is not None
+            if old != new and key != "seed" or key == "data.checksum" and old is None:
+                raise UserError(f"{key} is {new} here and {old} in {other.folder}, which is also named "
+                                f"{self.name}; rename one of them.")
+
+    def count_costs(self):
+        """Sums up the logs of all stages that each model needs; what is imported or lost is not counted."""
+        files = {name: models.files(self.config, name) for name in models.STAGES}
+        imported = [name for name in files if self.settings.keys() & {*files[name]}]
+        before = {role: cost.stages_before(self.config, role, imported) for role in self.scores}
+        used = [name for name in files if any(name in names for names in before.values())]
+        spent = {name: self.spent(name) for name in used if name not in imported and "assemble" not in name}
+        self.uncounted = [f"{name} (imported)" for name in used if name in imported]
+        self.uncounted += [f"{name} (its log is not there)" for name in spent if not spent[name]]
+        self.costs = {}
+        for role, names in before.items():
+            every = {name: spent[name] for name in names if spent.get(name)}
+            own = [name for name in every if models.STAGES[name][1] == role]
+            if every:
+                self.costs[role] = {"own TMAC": sum(every[name][1] for name in own),
+                                    "all TMAC": sum(tmac for _, tmac in every.values()),
+                                    "own s": sum(every[name][0] for name in own)}
+
+    def spent(self, name):
+        """Seconds and 10¹² multiply-adds of a stage, from the log of the run that made it; None without."""
+        if not models.schedule(self.config, name)["epochs"]:
+            return 0, 0
+        # What this run made itself, or has begun, is in its own log.
+        for folder in (self.folder, self.find(name)[0]):
+            lines = [line for line in read_log(folder) if line["stage"] == name] if folder else []
+            if lines:
+                macs, config = 0, what_counts(self.config, name)
+                for line in lines:
+                    modules = tuple(line["modules"])
+                    macs += per_image(config, name, modules) * line["images"] / len(modules)
+                return sum(line["seconds"] for line in lines), macs / 1e12
+        return None
+
+
+def what_counts(config, name):
+    """The keys that a stage's multiply-adds depend on, as a text: many runs agree in these."""
+    s = models.schedule(config, name)
+    parts = {block: config[block] for block in ("meta", "teacher", "student", "distill", "assemble")}
+    train = {s["block"]: {"batch": s["batch"], "alpha": s["alpha"]}, "baseline_epochs": None}
+    sizes = {key: config["data"][key] for key in ("image_size", "classes")}
+    return json.dumps({**parts, "data": sizes, "train": train, "seed": 0}, sort_keys=True)
+
+
+@functools.cache
+def per_image(config, name, modules):
+    """Multiply-adds of an image in one pass over these modules."""
+    config = json.loads(config)
+    only = modules if name in ("incubate", "distill") else ()
+    return cost.cost(config, name, only)[2] / models.schedule(config, name)["batch"]
+
+
+def read_log(folder):
+    """A run's log lines; of each stage, module and epoch the last, because a kill makes a run repeat it."""
+    path, last = folder / "log.jsonl", {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            last[line["stage"], line["module"], line["epoch"]] = line
+        except (ValueError, KeyError, TypeError):
+            continue  # a full disk cut it short, and the epoch was repeated
+    return list(last.values())
+
+
+def table(runs, several):
+    """A row {column: cell} for each run name and role."""
+    sets = dict.fromkeys(name for run in runs for scores in run.scores.values() for name in scores)
+    sets, first, lines = sorted(sets, key=lambda name: name != "test"), runs[0].name, []
+    for name, role in dict.fromkeys((run.name, role) for run in runs for role in run.scores):
+        own = [run for run in runs if run.name == name and role in run.scores]
+        line = {"model": f"{name} {role}" if several else role, "seeds": str(len(own))}
+        for one in sets:
+            line[f"{one} %"] = mean_std([run.scores[role][one] for run in own if one in run.scores[role]])
+        if several:
+            pairs = [(run.scores[role], plain.scores.get(role, {})) for run in own for plain in runs
+                     if plain.name == first != name and plain.config["seed"] == run.config["seed"]]
+            gains = [new["test"] - old["test"] for new, old in pairs if "test" in new and "test" in old]
+            line[f"against {first}, test"] = mean_std(gains, "+")
+        for column in COSTS:
+            values = [run.costs[role][column] for run in own if role in run.costs]
+            line[column] = cost.short(statistics.mean(values)) if values else "–"
+        lines.append(line)
+    return lines
+
+
+def mean_std(values, sign=""):
+    """Mean ± sample standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:{sign}.1f}" if values else "–"
+    return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values):.1f}"
+
+
+def verdict(run):
+    """What a run shows, in a sentence; empty without a student and its baseline."""
+    config, uncounted = run.config, f"not counted: {', '.join(run.uncounted)}" if run.uncounted else ""
+    if any("test" not in run.scores.get(role, {}) for role in ("student", "baseline")):
+        return uncounted
+    student, baseline = run.scores["student"]["test"], run.scores["baseline"]["test"]
+    same = "the same model" if config["assemble"]["stitches"] == "drop" else "the same model without stitches"
+    labels = ", with labels alone," if config["train"]["student"]["alpha"] else ""
+    lengths = [models.schedule(config, role)["epochs"] for role in ("student", "baseline")]
+    epochs = "the same epochs" if lengths[0] == lengths[1] else f"{lengths[1]} epochs instead of {lengths[0]}"
+    parts = [f"student {student:.1f} %, {same} end to end{labels} for {epochs} {baseline:.1f} % "
+             f"({student - baseline:+.1f})", f"chance {100 / config['data']['classes']:.1f} %"]
+    student, baseline = (run.costs.get(role, {}).get("all TMAC") for role in ("student", "baseline"))
+    if student and baseline:
+        times = student / baseline
+        parts.append(f"the whole pipeline cost {times:.1f} times the baseline's multiply-adds")
+    return "; ".join(filter(None, [*parts, uncounted]))
+
+
+if __name__ == "__main__":
+    models.run(main)
