@@ -13,7 +13,8 @@ module was trained between two stitch layers, from the meta model's width to its
 
 (Key assemble.stitches; fold is for a NAC, because a V-MoE's stitches hold LayerNorms.) Tensors of the whole
 model that are in no module's file keep their initial values, and are named. A NAC's graph prior is fitted
-now. Right after assembly a student's accuracy is near chance: its modules have never met. finetune.py trains it.
+now. Right after assembly a student's accuracy is near chance: its modules have never met. finetune.py
+trains it.
 """
 
 import data

@@ -33,7 +33,6 @@ import torch.distributed as dist
 from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-
 # What asks a process to end: a scheduler, Ctrl-C, a closed terminal. Training saves first (models.Stage).
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -54,7 +53,7 @@ class DataKeys:
     image_size: Size = 32  # pixels; images are square
     classes: Annotated[int, 2, 10**6] | None = None  # null: they are counted
     train_images: int = 0  # how many of the training images to use; 0: all
-    validation_images: int | None = None  # held out of train; null: a tenth, at most 1,000
+    validation_images: int | None = None  # held out of train; null: a tenth, at most 1,000; 0: none
     test_images: int = 0  # 0: all
     robustness: list[str] = []  # further test sets: a folder of <class name>/*, or a split of the .npz
     pad: Annotated[int, 0, 4096] = 0  # random crop after padding by so many pixels
@@ -217,7 +216,9 @@ def load(config, split, stage=None):
 def _test_set(options, split):
     """The test images, or a robustness set: a split of the .npz, or a folder matched by class names."""
     if split == "test" or split in splits(options):
-        return subset(_pool(options, split), options["test_images"], "data.test_images")
+        images, count = _pool(options, split), options["test_images"]
+        # A robustness set may be smaller.
+        return subset(images, count if split == "test" or count < len(images) else 0, "data.test_images")
     folder, names = Path(split), class_names(options)
     if not folder.is_dir():
         raise UserError(f"data.robustness={split!r} is neither a folder of classes nor a split of data.root="
@@ -285,11 +286,14 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
     # Every process draws the whole order, the same one.
     order = generator(*key).permutation(len(imageset))
     # Repeated augmentation (1901.09335): an epoch shows N / repeats images, each in several views, and keeps
-    # its length. The copies stand side by side, so they share a batch.
+    # its length. The copies stand side by side, so they share a batch. Processes take positions in turn then,
+    # so that they share the copies, too.
     order = order.repeat(options["repeats"])[:len(order)]
     # Earlier micro-batches are skipped without being drawn, because each depends on its number alone.
     batches = range(start_step * accumulate, steps * accumulate)
     total, own = batch * process.world, slice(process.rank * batch, (process.rank + 1) * batch)
+    if options["repeats"] > 1:
+        own = slice(process.rank, total, process.world)
     positions = {m: np.arange(m * total, (m + 1) * total)[own] for m in batches}
     # The number after m separates kinds of draws: 1 crops and flips, 2 mixes.
     if imageset.ready(options["image_size"]) and not (options["resized_crop"] or options["randaugment"]):
@@ -306,7 +310,8 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
             erase(image, options["erasing"], random.Random(repr((*key, p, "erase"))))
         # Partners for mixup and cutmix come from the process's own batch, with a draw of its own, as in timm.
         # With mixup two processes therefore train a little differently from one.
-        yield mix(images, labels[m * total:][own], options, generator(*key, m, 2, process.rank))
+        own_labels = labels[m * total:(m + 1) * total][own]
+        yield mix(images, own_labels, options, generator(*key, m, 2, process.rank))
 
 
 def _crop_and_flip(pool, indices, options, rng, total, own):
@@ -385,7 +390,7 @@ def splits(options):
     root, end = Path(options["root"]), "_images"
     if not _is_npz(root):
         return []
-    return [name.removesuffix(end) for name in arrays(root) if name.endswith(end)]
+    return [name.removesuffix(end) for name in read_npz(root) if name.endswith(end)]
 
 
 def class_names(options):
@@ -394,7 +399,7 @@ def class_names(options):
     if not options["root"] or not root.exists():
         raise UserError(f"data.root={options['root']!r} is not there: set it to a folder of train/<class>/*, "
                         f"or make the set: python tools/prepare.py {root.stem or 'SET'} {root}")
-    names = arrays(root)["class_names"].tolist() if _is_npz(root) else class_folders(root / "train")
+    names = _npz_names(root) if _is_npz(root) else class_folders(root / "train")
     if options["classes"] not in (None, len(names)):
         raise UserError(f"data.classes={options['classes']}, but data.root={root} has {len(names)} classes.")
     return names
@@ -420,13 +425,12 @@ def _pool(options, split):
     root, names = Path(options["root"]), class_names(options)
     if not _is_npz(root):
         return read_folders(_split_folder(root, split, names), names, names)
-    data, keys = arrays(root), (f"{split}_images", f"{split}_labels")
-    if not {*keys} <= {*data}:
-        raise UserError(f"{root} has no {keys[0]} and {keys[1]}.")
-    images, labels = (data[key] for key in keys)
+    images, labels = read_npz(root, f"{split}_images", f"{split}_labels")
     fine = images.dtype == np.uint8 and images.shape[3:] == (3,) and labels.shape == images.shape[:1]
-    if not (fine and len(labels) and 0 <= labels.min() <= labels.max() < len(names)):
-        raise UserError(f"{root}: {keys[0]} must be uint8 N H W 3, {keys[1]} N numbers below {len(names)}.")
+    fine = fine and labels.dtype.kind in "iu" and len(labels)
+    if not (fine and 0 <= labels.min() <= labels.max() < len(names)):
+        raise UserError(f"{root}: {split}_images must be uint8 N H W 3, and {split}_labels N integers below "
+                        f"{len(names)}.")
     return ImageSet(labels, names, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
 
 
@@ -434,12 +438,20 @@ def _is_npz(root):
     return root.suffix == ".npz"
 
 
-def arrays(path):
-    """The arrays of an .npz, by name; one is read when it is asked for."""
+def read_npz(path, *names):
+    """Arrays of an .npz, or without names the names that it has. Nothing in it is executed."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names] if names else arrays.files
+    except Exception as error:  # zipfile, zlib and numpy each have errors of their own
         raise UserError(f"{path} is not an .npz that can be read ({error}).") from None
+
+
+def _npz_names(path):
+    [names] = read_npz(path, "class_names")
+    if names.ndim != 1 or names.dtype.kind != "U" or len(set(names.tolist())) < max(2, len(names)):
+        raise UserError(f"{path}: class_names must be at least two texts, each of them once.")
+    return names.tolist()
 
 
 def _split_folder(root, split, names):
@@ -510,10 +522,13 @@ def _listing(folder, found):
     # Each folder is walked once. A link to one of these, or to what is above them, would lead to images of
     # other classes.
     top = Path(os.path.realpath(folder))
-    walked = {str(top), *map(str, top.parents), *(os.path.realpath(folder / name) for name in found)}
+    above = {str(top), *map(str, top.parents)}
+    classes = {os.path.realpath(folder / name) for name in found}
     listing, others, known = [], [], {}
     for name in found:
-        files = _image_files(folder / name, walked, others)
+        if os.path.realpath(folder / name) in above:
+            raise UserError(f"{folder / name} is a link to a folder that holds it; remove it.")
+        files = _image_files(folder / name, above | classes, others)
         for real, path in files.items():
             if known.setdefault(real, name) != name:
                 raise UserError(f"{path} is an image of class {known[real]!r}, too; remove one of the two.")

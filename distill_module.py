@@ -56,32 +56,29 @@ def main():
 
     # The meta model never changes, nor does the teacher. Evaluation mode: no noise but the module's own.
     meta = models.frozen(config, "meta", process)
-    # M alone, as M with its own M_0. A hybrid below `low` does not work; an M near chance tells nothing.
-    alone = accuracy(meta, {0: meta.parts[0]}, validation, config, process)[0]
-    low = alone / 2 if alone > 200 / config["data"]["classes"] else 0
     teacher = models.frozen(config, "teacher", process) if alpha else None
-    if teacher:
-        # Far below M alone, T does not fit this M; above it, T has something to add.
-        hybrids = accuracy(meta, dict(enumerate(teacher.parts)), validation, config, process).values()
-        models.say(process, f"validation: meta model {alone} %, teacher hybrids {[*hybrids]} %")
-        if min(hybrids) < low:
-            models.say(process, "warning: the teacher does not fit this meta model: was it incubated in it?")
     # Cut from one whole model, modules start as they would in it. But no parameter that learns belongs to
     # two of them, and each has an optimizer of its own: training all in one pass is training each alone.
     whole = models.build(config, role)
-    models.set_drop_path(whole, config["train"][name]["drop_path"])
-    modules = models.cut(whole, config, role)
+    modules, rate = models.cut(whole, config, role), config["train"][name]["drop_path"]
+    models.set_drop_path(whole, rate, by_module=True)
     students = {i: modules[i].to(process.device) for i in files}
     stage = models.Stage(config, process, name, students, files, train, only=args.module)
-    validated = {}
+    low = compare_hybrids(meta, teacher, validation, config, process)
 
     for epoch in stage.epochs():
+        meta.train(role == "teacher")  # in incubation M's blocks drop with the module's, and only there
         for images, targets in stage.batches(epoch):
             # h_0 = images, h_i = M_{i-1} ∘ … ∘ M_0 (images): one run of M serves all pairs.
+            if role == "teacher":  # drop path, in M as well
+                models.drop_in_hybrid(meta, whole, L - 1, rate)
+            stage.seed_noise()
             with models.autocast(config, process.device), torch.no_grad():
                 hidden = meta.hidden_states(images)
             for i, student in stage.wrapped.items():
                 # Noise (drop path, jitter) is drawn from (step, i): the same for modules together or alone.
+                if role == "teacher":
+                    models.drop_in_hybrid(meta, whole, i, rate)
                 stage.seed_noise(i)
                 with models.autocast(config, process.device):
                     # Student hybrid: M_{L-1} ∘ … ∘ M_{i+1} ∘ post ∘ S_i ∘ pre (h_i). The rest of M is frozen
@@ -102,15 +99,36 @@ def main():
             stage.step()
         validated = accuracy(meta, students, validation, config, process)
         stage.end_epoch(validated)
-    for i, top1 in validated.items():
-        if top1 < low:
-            models.say(process, f"module {i}'s hybrid ends at {top1} %, M at {alone} %: train it longer")
+        if epoch + 1 == stage.c["epochs"] and low:
+            for i in [i for i in students if validated[i] < low]:
+                models.say(process, f"module {i}'s hybrid ends at {validated[i]} %, less than half of the "
+                           "meta model's accuracy: train it longer")
     stage.finish()
+
+
+def compare_hybrids(meta, teacher, images, config, process):
+    """Prints the accuracies of M and of the teacher hybrids -> half of M's, below which a hybrid is bad."""
+    if not len(images):
+        return 0
+    # M alone is M with its own M_0. If it is near chance it tells nothing.
+    alone = accuracy(meta, {0: meta.parts[0]}, images, config, process)[0]
+    low = alone / 2 if alone > 200 / config["data"]["classes"] else 0
+    if teacher:
+        # Far below M alone, T does not fit this M; above it, T has something to add.
+        hybrids = [*accuracy(meta, dict(enumerate(teacher.parts)), images, config, process).values()]
+        models.say(process, f"validation: meta model {alone} %, teacher hybrids {hybrids} %")
+        if min(hybrids) < low:
+            models.say(process, "warning: a teacher hybrid has less than half of the meta model's accuracy. "
+                       "Was the teacher incubated in this meta model, and for long enough?")
+    return low
 
 
 @torch.no_grad()
 def accuracy(meta, modules, images, config, process):
     """Top-1 of each hybrid M_{L-1} ∘ … ∘ module ∘ … ∘ M_0, each image counted once. {i: module} -> {i: %}"""
+    if not len(images):
+        return dict.fromkeys(modules)
+    meta.eval()
     correct = {i: torch.zeros((), device=process.device) for i in modules}
     for x, labels in data.eval_batches(images, config, process):
         with models.autocast(config, process.device):

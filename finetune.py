@@ -65,7 +65,9 @@ def main():
 
 @torch.no_grad()
 def accuracy(model, images, config, process):
-    """Top-1 in % over all images, each counted once however many processes there are."""
+    """Top-1 in % over all images, each counted once however many processes there are; None without any."""
+    if not len(images):
+        return None
     model.eval()
     correct = torch.zeros((), device=process.device)
     for x, labels in data.eval_batches(images, config, process):

@@ -235,7 +235,7 @@ class ViT(nn.Module):
     """
 
     def __init__(self, image_size, patch, width, heads, depths, classes, mlp_ratio=4.0, qkv_bias=True,
-                 eps=1e-6, init_std=0.02, moe=None, moe_blocks=None):
+                 eps=1e-6, init_std=0.02, expert_std=None, moe=None, moe_blocks=None):
         super().__init__()
         # A convolution with stride = kernel is one linear map for all patches. The Sequential only gives it
         # timm's name, patch_embed.proj.
@@ -250,7 +250,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(width, classes)
         # Filled by build() where stitches are kept or folded: what stands between module i and module i+1.
         self.stitches = nn.ModuleList()
-        self.apply(functools.partial(init_linear, std=init_std))
+        self.apply(functools.partial(init_linear, std=init_std, expert_std=expert_std or init_std))
         # DeiT's .02 at any width
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -283,15 +283,15 @@ class ViT(nn.Module):
         return self.rest(0, images)
 
 
-def init_linear(module, std):
+def init_linear(module, std, expert_std):
     """ViT's initialization: weights of linear layers and experts trunc-normal, biases 0."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, MoE):
-        nn.init.trunc_normal_(module.fc1_weight, std=std)
-        nn.init.trunc_normal_(module.fc2_weight, std=std)
+        nn.init.trunc_normal_(module.fc1_weight, std=expert_std)
+        nn.init.trunc_normal_(module.fc2_weight, std=expert_std)
 
 
 # ---------- Neural Attentive Circuit
@@ -303,10 +303,18 @@ def init_linear(module, std):
 # listen to both and vote for a class.
 
 
-def jitter(codes, training):
-    """In training codes are shaken by up to 5 %, one draw for the whole batch."""
-    # c + U(−.05|c|, +.05|c|)
-    return codes + 0.05 * codes * (2 * torch.rand_like(codes) - 1) if training else codes
+class Jitter(nn.Module):
+    """In training codes are shaken by up to `amount`, one draw for the whole batch. U C -> U C."""
+
+    def __init__(self):
+        super().__init__()
+        self.amount = 0.05
+
+    def forward(self, codes):
+        if not self.training or self.amount == 0:
+            return codes
+        # c + U(−.05|c|, +.05|c|)
+        return codes + self.amount * codes * (2 * torch.rand_like(codes) - 1)
 
 
 class ModFC(nn.Module):
@@ -425,14 +433,14 @@ class Seeder(nn.Module):
 
     def __init__(self, width, code_width):
         super().__init__()
-        self.norm = nn.LayerNorm(code_width)
+        self.jitter, self.norm = Jitter(), nn.LayerNorm(code_width)
         self.mu = nn.Linear(code_width, width)
         self.logvar = nn.Linear(code_width, width)
         # Noise of std about exp(−2.5) = .08 at first.
         nn.init.constant_(self.logvar.bias, -5.0)
 
     def forward(self, codes, batch):
-        codes = self.norm(jitter(codes, self.training))
+        codes = self.norm(self.jitter(codes))
         states = self.mu(codes).expand(batch, -1, -1)  # B U D
         if not self.training:
             return states
@@ -458,11 +466,12 @@ class ReadIn(nn.Module):
         self.attention.exit = ModFC(inner, width, code_width)
         self.attention.gamma = nn.Parameter(torch.ones(width))
         self.ffn = ModFFN(width, code_width, ffn_ratio)
+        self.jitter = Jitter()
 
     def forward(self, states, tokens, codes):
         att, h = self.attention, self.heads
         B, U, _ = states.shape
-        codes = jitter(codes, self.training)
+        codes = self.jitter(codes)
         q = att.query(att.receiver_norm(states), codes).view(B, U, h, -1)  # B U h d
         x = att.sender_norm(tokens)  # B V X
         # Written out, k_uv = W_k(x_v ⊙ σ_u) is a B×V×U×X tensor and so is v_uv. But (exactly)
@@ -571,12 +580,12 @@ class Propagator(nn.Module):
         super().__init__()
         self.attention = LatentAttention(width, code_width, heads, head_width, share_norm=True)
         self.ffn = ModFFN(width, code_width, ffn_ratio)
-        self.drop_path = DropPath()
+        self.drop_path, self.jitter = DropPath(), Jitter()
 
     def forward(self, receivers, senders, codes, sender_codes, delta=None):
         """delta U V: the signatures' distances; None (tokens, which have no signature): no kernel."""
         # Two draws: a mediator's code is shaken in one way as a receiver's, in another as a sender's.
-        codes, sender_codes = jitter(codes, self.training), jitter(sender_codes, self.training)
+        codes, sender_codes = self.jitter(codes), self.jitter(sender_codes)
         log_k = None
         if delta is not None:
             log_k = log_kernel(delta, self.attention.bandwidth, sample=len(receivers) if self.training else 0)
@@ -594,9 +603,10 @@ class ReadOut(nn.Module):
         super().__init__()
         self.attention = LatentAttention(width, code_width, heads, head_width, share_norm=False)
         self.ffn = ModFFN(width, code_width, ffn_ratio)
+        self.jitter = Jitter()
 
     def forward(self, receivers, senders, codes, sender_codes, delta=None):
-        codes, sender_codes = jitter(codes, self.training), jitter(sender_codes, self.training)
+        codes, sender_codes = self.jitter(codes), self.jitter(sender_codes)
         # Untruncated, every latent is heard a little, so that all get a gradient from the loss.
         log_k = None if delta is None else log_kernel(delta, self.attention.bandwidth, truncate=False)
         return self.ffn(self.attention(receivers, senders, codes, sender_codes, log_k), codes)
@@ -953,6 +963,9 @@ def own_modules(nac):
 def original_modules(nac):
     """The L modules of a NAC inside M, each with one random code (distill.codes=original)."""
     modules, last = [], len(nac.propagators) + 1
+    for module in nac.modules():  # a fixed code is not shaken either
+        if isinstance(module, Jitter):
+            module.amount = 0
     for i in range(last + 1):
         token_codes = TokenCodes(torch.randn_like(nac.input_latents.codes[:1]))
         code = torch.randn_like(nac.input_latents.codes[:1]) if i in (0, last) else None
@@ -976,6 +989,9 @@ def new_stitches(student, config):
     # Two Linears in a row are one, so a NAC's stitches can be folded. In a V-MoE's a LayerNorm is between.
     def stitch(a, b):
         fc = nn.Linear(a, b)
+        if std := config["student"]["stitch_std"]:
+            nn.init.trunc_normal_(fc.weight, std=std)
+            nn.init.zeros_(fc.bias)
         return fc if isinstance(student, NAC) else nn.Sequential(OrderedDict(ln=nn.LayerNorm(a), fc=fc))
 
     return nn.Sequential(OrderedDict(post=stitch(width, meta_width), pre=stitch(meta_width, width)))
@@ -1049,7 +1065,8 @@ def build(config, role):
     is_nac = c.get("kind") == "nac"
     stride = 2 ** (c["tokenizer_stages"] + 1) if is_nac else c["patch"]
     if d["image_size"] % stride:
-        raise UserError(f"data.image_size={d['image_size']} is not a multiple of {role}'s patch or stride, {stride}.")
+        raise UserError(f"data.image_size={d['image_size']} is not a multiple of {stride}, {role}'s patch or "
+                        "stride.")
 
     def options(keys):
         return {key: c[key] for key in keys.split()}
@@ -1059,7 +1076,7 @@ def build(config, role):
         common = dict(image_size=d["image_size"], classes=d["classes"], **options("width heads"))
         if not is_nac:
             moe = options("experts top_k balance capacity") if c["experts"] else None
-            more = options("patch depths mlp_ratio qkv_bias eps init_std moe_blocks")
+            more = options("patch depths mlp_ratio qkv_bias eps init_std expert_std moe_blocks")
             model = ViT(moe=moe, **common, **more)
         else:
             model = NAC(ffn_ratio=c["mlp_ratio"], **common, **options(
@@ -1092,17 +1109,32 @@ def fit_graph_prior(model, config):
             f"{100 * near:.1f} % of linked pairs can talk, {100 * far:.1f} % of unlinked pairs cannot")
 
 
-def set_drop_path(model, rate):
-    """Stochastic depth: from 0 to `rate` over a ViT's blocks, linearly; constant over a NAC's propagators."""
+def set_drop_path(model, rate, by_module=False):
+    """Stochastic depth: from 0 to `rate` over a ViT's blocks, linearly; constant over a NAC's propagators.
+
+    by_module: from 0 to `rate` over each module's blocks, as a V-MoE's modules have it in m2mKD.
+    """
     if isinstance(model, NAC):
-        blocks, rates = model.propagators, [rate] * len(model.propagators)
-    else:
-        blocks = model.blocks
-        rates = [rate * k / max(1, len(blocks) - 1) for k in range(len(blocks))]
-    for block, own in zip(blocks, rates):
+        set_rates(model.propagators, rate, rate)
+    for part in model.parts if by_module and isinstance(model, ViT) else [model]:
+        set_rates(getattr(part, "blocks", []), 0, rate)
+
+
+def drop_in_hybrid(meta, teacher, i, rate):
+    """Stochastic depth in incubation: from 0 to `rate` over the hybrid's blocks, as in Deep Incubation.
+
+    The hybrid is M_{L-1} ∘ … ∘ T_i ∘ … ∘ M_0. M's blocks drop, too, if M is in training mode.
+    """
+    parts = [*meta.parts[:i], teacher.parts[i], *meta.parts[i + 1:]]
+    set_rates([block for part in parts for block in part.blocks], 0, rate)
+
+
+def set_rates(blocks, first, last):
+    """Drop rates of blocks, linearly from the first to the last."""
+    for k, block in enumerate(blocks):
         for module in block.modules():
             if isinstance(module, DropPath):
-                module.rate = own
+                module.rate = first + (last - first) * k / max(1, len(blocks) - 1)
 
 
 # ---------- Config: one YAML file. A class is a block, a line is a key: its type, its default, its meaning
@@ -1126,6 +1158,7 @@ class ViTKeys:
     qkv_bias: bool = True  # false in the paper's ViT-Huge
     eps: Annotated[float, 1e-12, 1] = 1e-6  # of the LayerNorms; 1e-5 in the paper's ViT-Huge
     init_std: Annotated[float, 1e-6, 10] = 0.02  # of the weights; .02 suits widths from 200, .1 those near 64
+    expert_std: Annotated[float, 1e-9, 10] | None = None  # of the experts' weights; null: init_std
     experts: int = 0  # 0: a plain MLP
     top_k: Count = 2  # experts that a token goes to
     moe_blocks: list[int] | None = None  # which blocks have experts; null: all
@@ -1135,6 +1168,7 @@ class ViTKeys:
 
 class StudentKeys(ViTKeys):  # width, heads and mlp_ratio also serve a NAC
     kind: Literal["nac", "vmoe"] = "nac"
+    stitch_std: Annotated[float, 1e-9, 10] | None = None  # of the stitches' weights; null: nn.Linear's own
     latents: tuple[Count, Count, Count] = [16, 32, 4]  # input, mediator, output
     propagators: Annotated[int, 1, 1000] = 1  # L = propagators + 2
     head_width: Count = 16  # a NAC's heads need not divide its width
@@ -1169,6 +1203,7 @@ class TrainKeys:
     min_lr: float = 1e-5  # where the cosine ends; not scaled …
     scale_min_lr: bool = False  # … unless this is on
     warmup: float = 0.0  # epochs of linear warm-up from 1e-6
+    warmup_prefix: bool = True  # the cosine begins after the warm-up; false: at step 0, behind it (the paper)
     betas: tuple[Annotated[float, 0, 0.9999], Annotated[float, 0, 0.9999]] = [0.9, 0.999]  # AdamW's
     weight_decay: float = 0.05  # AdamW's, on matrices
     decay_all: bool = False  # also 1-d parameters, embeddings, a NAC's codes (the NAC's fine-tuning)
@@ -1289,9 +1324,8 @@ def read_keys(path):
     except (OSError, AttributeError, RecursionError) as e:
         raise UserError(f"config {path} is not a readable file of keys: {e}.") from None
     # An emptied block means its defaults.
-    emptied = [key for key in chosen if chosen[key] is None and any(name.startswith(f"{key}.") for name in KEYS)]
-    for key in emptied:
-        del chosen[key]
+    blocks = {prefix.rstrip(".") for prefix in BLOCKS} | {"train"}
+    chosen = {key: value for key, value in chosen.items() if value is not None or key not in blocks}
     # A run's own config.yaml is about this run, wherever its folder has been moved to.
     if Path(path).name == "config.yaml":
         chosen["output_dir"] = str(Path(path).parent)
@@ -1432,8 +1466,8 @@ def run(main):
         elif not isinstance(e, UserError):
             text = text.rstrip(".") + ". TRACEBACK=1 in the environment shows where it came from."
         if "DataLoader worker" in text:
-            text += (" If memory ran out, a smaller batch or fewer data.workers help; if /dev/shm is small (a "
-                     "container), data.workers=0.")
+            text += (" If memory ran out, a smaller batch or fewer data.workers help; if /dev/shm is small "
+                     "(a container), data.workers=0.")
         # In every process, because the bad image may be in this one's share.
         print("error:", text, file=sys.stderr)
         sys.exit(2)
@@ -1461,7 +1495,7 @@ def write(path, put):
 
 
 def read(path, whole=True):
-    """One of our files, without executing anything in it. `whole` compares checksums, which torch does not."""
+    """One of our files; nothing in it is executed. `whole` compares checksums, which torch does not."""
     try:
         if whole:
             with zipfile.ZipFile(path) as archive:
@@ -1533,9 +1567,10 @@ STAGES = {
     "distill": ("distill_module.py", "student", ["student", "distill", "train.distill"]),
     "assemble_student": ("assemble.py", "student", ["student", "assemble"]),
     "student": ("finetune.py", "student", ["student", "assemble", "distill", "train.student"]),
-    "baseline": ("finetune.py", "baseline", ["student", "assemble", "train.student", "train.baseline_epochs"]),
-    "baseline_kd": ("finetune.py", "baseline_kd", ["student", "assemble", "distill", "train.student",
-                                                   "train.baseline_epochs"]),
+    "baseline": ("finetune.py", "baseline",
+                 ["student", "assemble", "train.student", "train.baseline_epochs"]),
+    "baseline_kd": ("finetune.py", "baseline_kd",
+                    ["student", "assemble", "distill", "train.student", "train.baseline_epochs"]),
 }
 # Keys that change no result.
 LEFT_OUT = ("data.root", "data.workers", "data.test_images", "data.robustness")
@@ -1560,7 +1595,8 @@ def files(config, name):
 def stages(config, goals=("student", "baseline")):
     """What is still to be made for the goals, in order: [(script, role, stage)].
 
-    The walk goes back from the goals. A stage with finished files is done, and what only it needs is not made.
+    The walk goes back from the goals. A stage whose files are there is done, and what only it needs is not
+    made.
     """
     missing = set()
 
@@ -1642,7 +1678,8 @@ def finished(config, name, file, evaluating=False):
         made, role = about(path), STAGES[name][1].removesuffix("_kd").replace("baseline", "student")
         old = made.get("settings", {})
         if "imported" in made:
-            compare(flatten(made["config"][role], f"{role}."), flatten(config[role], f"{role}."), path, config)
+            theirs, ours = (flatten(one[role], f"{role}.") for one in (made["config"], config))
+            compare(theirs, ours, path, config)
             return path
         if evaluating:
             common = (old.keys() & new.keys()) - {"precision"}
@@ -1900,10 +1937,11 @@ class Stage:
         if len(lines) > 4:  # of many modules the mean loss, and whole per cents
             losses, digits = [sum(losses) / len(losses)], 0
         losses = " ".join(f"{loss:.3f}" for loss in losses)
-        tops = " ".join(f"{line['val_top1']:.{digits}f}" for line in lines)
+        tops = " ".join(f"{line['val_top1']:.{digits}f}" for line in lines if line["val_top1"] is not None)
+        tops = f"validation {tops} %" if tops else "no validation"  # data.validation_images=0
         width = len(str(self.c["epochs"]))
-        say(self.process, f"{self.title} {self.epoch + 1:{width}}/{self.c['epochs']}  loss {losses}  "
-                          f"validation {tops} %  {seconds:.0f} s")
+        say(self.process, f"{self.title} {self.epoch + 1:{width}}/{self.c['epochs']}  loss {losses}  {tops}  "
+                          f"{seconds:.0f} s")
 
     def save(self):
         """Writes all that the stage needs to go on. Weights that are not finite never replace good ones."""
@@ -1999,8 +2037,8 @@ def learning_rate(step, steps_per_epoch, c, total_batch):
     warm, end = c["warmup"] * steps_per_epoch, c["epochs"] * steps_per_epoch
     if step < warm:
         return 1e-6 + (peak - 1e-6) * step / warm
-    # lr = low + ½ (peak − low)(1 + cos π·t), t from 0 to 1 after the warm-up
-    t = (step - warm) / max(1, end - warm)
+    # lr = low + ½ (peak − low)(1 + cos π·t), t from 0 to 1 after the warm-up, or over all steps
+    t = (step - warm) / max(1, end - warm) if c["warmup_prefix"] else step / end
     return min(peak, low) + 0.5 * max(0.0, peak - low) * (1 + math.cos(math.pi * t))
 
 

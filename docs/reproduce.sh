@@ -122,13 +122,12 @@ upcycling() {
 
 # results.md, "Fashion-MNIST", with its picture of accuracy against cost
 fashion() {
-  local seed kind base run few shared paper longer epochs
+  local seed kind base run shared paper longer epochs
   [ -f data/glyphs_2400.npz ] || python tools/prepare.py glyphs data/glyphs_2400.npz test=2400
-  few="few_shot.root=data/glyphs_2400.npz few_shot.images=2400"
   for seed in 3 4 5 6 7; do for kind in nac vmoe; do
     base=runs/fashion_nac-s$seed  run=runs/fashion_$kind-s$seed
     mkdir -p "$base"
-    shared="seed=$seed share=$base $few"
+    shared="seed=$seed share=$base"
     bash run.sh configs/fashion_$kind.yaml $shared output_dir=$run "${overrides[@]}"
     shared="--config configs/fashion_$kind.yaml $shared"
     # -total: about .8 (NAC) and .2 (V-MoE) of the multiply-adds of the whole pipeline

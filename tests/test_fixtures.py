@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import models
+from tools import convert
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PRECISIONS = [(torch.float64, 1e-6, 1e-6), (torch.float32, 1e-5, 1e-4)]
@@ -31,7 +32,7 @@ def close(ours, theirs, tolerance, what):
 
 def close_gradients(model, theirs, tolerance):
     """Compares all gradients under translated names; none may be left over on either side."""
-    theirs = models.translate(theirs, model)
+    theirs = convert.translate(theirs, model)
     ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in theirs.items():
         zero = torch.zeros_like(gradient)

@@ -31,13 +31,15 @@ def here(tmp_path, monkeypatch):
 
 
 def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, words)])
+    # Absolute, because data.py remembers what it has found in a folder of this name.
+    words = [str(Path(word).absolute() if Path(word).is_dir() else word) for word in words]
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *words])
     prepare.main()
 
 
 def load(root, split="test"):
-    options = dict(root=str(root), classes=None, train_images=0, validation_images=1, test_images=0)
-    return data.load({"seed": 0, "data": options}, split)
+    options = dict(root=str(Path(root).absolute()), classes=None, train_images=0, validation_images=1)
+    return data.load({"seed": 0, "data": {**options, "test_images": 0}}, split)
 
 
 def read(root, split="test"):
@@ -61,14 +63,19 @@ def crc(array):
 
 def test_drawn_pixels_never_move(monkeypatch):
     few = ["train=30", "validation=20", "test=25"]
-    for words in (["glyphs", "a.npz", *few], ["lower_case", "b.npz", *few], ["glyphs", "c.npz", *few, "size=48"]):
-        run(monkeypatch, *words)
+    run(monkeypatch, "glyphs", "a.npz", *few)
+    run(monkeypatch, "lower_case", "b.npz", *few)
+    run(monkeypatch, "glyphs", "c.npz", *few, "size=48")
     found = {file: {key[:-7]: crc(value) for key, value in np.load(file).items() if key.endswith("_images")}
              for file in ("a.npz", "b.npz", "c.npz")}
     assert found == CHECKSUMS
 
 
-CHECKSUMS = {}
+CHECKSUMS = {
+    "a.npz": {"train": "29ecaf0f", "validation": "9333235d", "test": "c10d7f54", "renditions": "694cb859"},
+    "b.npz": {"train": "9ebc77de", "validation": "548dfc1d", "test": "5df37764", "renditions": "6abce6f5"},
+    "c.npz": {"train": "b0162699", "validation": "c17bc079", "test": "1d663528", "renditions": "11af5074"},
+}
 
 
 def test_a_drawn_set_is_balanced_disjoint_and_of_the_numbers_asked_for(monkeypatch):
@@ -89,8 +96,9 @@ def test_the_demo_has_the_sizes_that_its_configs_expect(monkeypatch):
     monkeypatch.setattr(prepare, "draw_glyph", lambda *_: np.zeros((32, 32, 3), np.uint8))
     monkeypatch.setattr(prepare, "rendition", lambda image, index: image)
     run(monkeypatch, "demo")
-    sizes = {name: [len(np.load(f"data/{name}.npz")[f"{split}_labels"])
-                    for split in ("train", "validation", "test", "renditions")] for name in ("glyphs", "lower_case")}
+    splits = ("train", "validation", "test", "renditions")
+    sizes = {name: [len(np.load(f"data/{name}.npz")[f"{split}_labels"]) for split in splits]
+             for name in ("glyphs", "lower_case")}
     assert sizes == {"glyphs": [5000, 1000, 2000, 2000], "lower_case": [1400, 700, 1400, 1400]}
 
 
@@ -140,7 +148,8 @@ def write_idx(path, array):
 def fashion(root, count=20):
     rng = np.random.default_rng(0)
     for prefix in ("train", "t10k"):
-        write_idx(root / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8))
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        write_idx(root / f"{prefix}-images-idx3-ubyte.gz", images)
         write_idx(root / f"{prefix}-labels-idx1-ubyte.gz", (np.arange(count) % 10).astype(np.uint8))
 
 
@@ -173,7 +182,8 @@ def test_fashion_files_that_are_broken_are_refused(monkeypatch, tmp_path, conten
 
 def test_fashion_files_of_another_set_or_nowhere_are_refused(monkeypatch, tmp_path):
     fashion(tmp_path)
-    write_idx(Path("train-labels-idx1-ubyte.gz"), np.full(20, 10, np.uint8))  # EMNIST's files have these names
+    # EMNIST's files have the same names.
+    write_idx(Path("train-labels-idx1-ubyte.gz"), np.full(20, 10, np.uint8))
     with pytest.raises(UserError, match="train: 20 images and 20 labels up to 10"):
         run(monkeypatch, "fashion_mnist", "f.npz", ".")
     Path("t10k-labels-idx1-ubyte.gz").unlink()
@@ -215,14 +225,14 @@ CUB = {"images": ["0 001.a/x.png", "1 001.a/y.png", "2 002.b/x.png", "3 002.b/z.
 
 def cub(lists=CUB):
     for red, name in enumerate(("001.a/x", "001.a/y", "002.b/x", "002.b/z")):
-        save_image(Path(f"cub/images/{name}.png"), red)
+        save_image(Path(f"birds/images/{name}.png"), red)
     for name, lines in lists.items():
-        Path(f"cub/{name}.txt").write_bytes("\n".join(lines).encode("latin-1"))
+        Path(f"birds/{name}.txt").write_bytes("\n".join(lines).encode("latin-1"))
 
 
 def test_cub_is_joined_by_image_number_and_linked(monkeypatch):
     cub()
-    run(monkeypatch, "cub", "out", "cub")
+    run(monkeypatch, "cub", "out", "birds")
     assert read("out") == [("001.a", 0), ("002.b", 2)]
     assert sorted(read("out", "train") + read("out", "validation")) == [("001.a", 1), ("002.b", 3)]
     links = [path for path in Path("out").glob("*/*/*") if path.is_symlink()]
@@ -237,18 +247,18 @@ def test_cub_is_joined_by_image_number_and_linked(monkeypatch):
 def test_lists_of_cub_that_do_not_fit_are_refused(monkeypatch, name, line):
     cub({**CUB, name: [line, *CUB[name][1:]] if line is not None else []})
     with pytest.raises(UserError, match="not the whole of cub"):
-        run(monkeypatch, "cub", "out", "cub")
+        run(monkeypatch, "cub", "out", "birds")
 
 
 @pytest.mark.parametrize("name", [*CUB, "images/002.b/z.png"])
 def test_what_cub_lacks_is_named_and_nothing_is_left(monkeypatch, name):
     cub()
-    path = Path(f"cub/{name}.txt" if name in CUB else f"cub/{name}")
+    path = Path(f"birds/{name}.txt" if name in CUB else f"birds/{name}")
     path.unlink()
     for _ in range(2):
         with pytest.raises(UserError, match=str(path)):
-            run(monkeypatch, "cub", "out", "cub")
-        assert os.listdir() == ["cub"]
+            run(monkeypatch, "cub", "out", "birds")
+        assert os.listdir() == ["birds"]
         path.symlink_to("nowhere") if not path.is_symlink() else None  # a broken link is not there either
 
 
@@ -319,7 +329,7 @@ def test_a_broken_link_below_imagenet_r_or_test_images_is_named(monkeypatch):
 @pytest.mark.parametrize("words", [
     [], ["mnist", "out"], ["cub", "out"], ["cub"], ["glyphs"], ["glyphs", "a.npz", "folder"], ["demo", "out"],
     ["glyphs", "a.npz", "train=0"], ["glyphs", "a.npz", "train=x"], ["glyphs", "a.npz", "classes=4"],
-    ["cub", "out", "cub", "train=3"], ["cub", "out", "cub", "more"]])
+    ["cub", "out", "birds", "train=3"], ["cub", "out", "birds", "more"]])
 def test_what_is_no_command_prints_all_sets(monkeypatch, capsys, words):
     with pytest.raises(UserError, match="is none of these commands"):
         run(monkeypatch, *words)
@@ -338,10 +348,10 @@ def test_a_folder_is_never_mixed_with_old_files_and_an_npz_is_replaced(monkeypat
     cub()
     save_image(Path("out/train/001.a/old.png"), 0)
     with pytest.raises(UserError, match="out is not empty"):
-        run(monkeypatch, "cub", "out", "cub")
-    assert sorted(os.listdir()) == ["cub", "out"] and len(list(Path("out").rglob("*.png"))) == 1
+        run(monkeypatch, "cub", "out", "birds")
+    assert sorted(os.listdir()) == ["birds", "out"] and len(list(Path("out").rglob("*.png"))) == 1
     Path("empty").mkdir()
-    run(monkeypatch, "cub", "empty", "cub")
+    run(monkeypatch, "cub", "empty", "birds")
     assert len(list(Path("empty").rglob("*.png"))) == 4
     for count in (3, 2):
         run(monkeypatch, "glyphs", "g.npz", "train=1", "validation=1", f"test={count}", "size=8")

@@ -63,7 +63,8 @@ SIZES = {  # a NAC, and the images of a step on a CPU
                       ffn_ratio=1), 2),
     "Tiny": (dict(image_size=64, width=384, heads=6, latents=(64, 256, 64), classes=200, ffn_ratio=2), 8)}
 VITS = {  # patch, width, heads, blocks
-    "tiny": (16, 192, 3, 12), "small": (16, 384, 6, 12), "base": (16, 768, 12, 12), "large": (16, 1024, 16, 24)}
+    "tiny": (16, 192, 3, 12), "small": (16, 384, 6, 12),
+    "base": (16, 768, 12, 12), "large": (16, 1024, 16, 24)}
 REPEATS = {"ImageNet": 2, "Tiny": 3}  # of a whole step: on two cores the larger one takes seconds
 
 
@@ -551,6 +552,7 @@ def stages(config_name, *names):
         torch.compiler.reset()
 
 
+ALL = ("meta", "incubate", "teacher", "distill", "student")  # a baseline's step is a student's
 ROWS = {
     "read-in ImageNet": lambda: read_in("ImageNet", "50x, memory 20x"),
     "read-in Tiny": lambda: read_in("Tiny", "14x"),
@@ -579,9 +581,8 @@ ROWS = {
     "loader": lambda: loader("0.8x the cores"),
     "transfer": lambda: transfer("1x"),
     "evaluation": lambda: evaluation("2.5x"),
-    "stages ImageNet NAC": lambda: stages("imagenet_nac", "meta", "incubate", "teacher", "distill", "student"),
-    "stages ImageNet V-MoE": lambda: stages(
-        "imagenet_vmoe", "meta", "incubate", "teacher", "distill", "student"),
+    "stages ImageNet NAC": lambda: stages("imagenet_nac", *ALL),
+    "stages ImageNet V-MoE": lambda: stages("imagenet_vmoe", *ALL),
     "stages Tiny NAC": lambda: stages("tiny_imagenet_nac", "student"),
 }
 

@@ -108,18 +108,17 @@ def fit(model, path, config, target):
     if others and target in FINAL:
         raise UserError(f"{path} knows the classes {reprlib.repr(theirs)}, the data has {reprlib.repr(ours)}"
                         f"{way_out(target)}.")
-    fresh, kept = [], True
-    for name, value in own.items():
-        short = name.removeprefix("body.")  # a student's module is between stitches
-        differs = name in state and state[name].shape != value.shape and short.startswith(CLASSIFIER + GRID)
-        if target not in FINAL and (differs or others and short.startswith(CLASSIFIER)):
-            fresh.append(name)
-            state[name] = value
-            kept = kept and not short.startswith(CLASSIFIER)
+    plain = {name: name.removeprefix("body.") for name in own}  # a student's module is between stitches
+    head = [name for name in own if plain[name].startswith(CLASSIFIER)]
+    differ = [name for name in own if name in state and state[name].shape != own[name].shape]
+    fresh = [name for name in differ if plain[name].startswith(CLASSIFIER + GRID) and target not in FINAL]
+    fresh += [name for name in head if others and name not in fresh]
+    state |= {name: own[name] for name in fresh}
     try:
         models.load_state(model, state, path)
     except UserError as error:
         raise UserError(f"{str(error).rstrip('.')}{advice(state, own, target)}.") from None
+    kept = head and not {*head} & {*fresh}
     class_names = kept and theirs or ours or [str(k) for k in range(config["data"]["classes"])]
     # Copies, because the modules of a NAC share tensors.
     return {name: value.clone() for name, value in own.items()}, class_names, imported, fresh
@@ -158,20 +157,16 @@ def way_out(target):
 
 def advice(state, own, target):
     """What to do about tensors that do not fit, in words."""
-    role, theirs, ours = TARGETS[target][0], vit_size(state), vit_size(own)
-    if theirs != ours:
-        return f"; the file has {theirs}, the config's {role} {ours} ({role}.depths, {role}.width)"
-    names = state.keys() ^ own.keys()
-    shapes = [name for name in state.keys() & own.keys() if state[name].shape != own[name].shape]
-    if shapes and not names and all(name.startswith(CLASSIFIER) for name in shapes):
+    role, sizes = TARGETS[target][0], []
+    for tensors in (state, own):
+        widths = [len(value) for name, value in tensors.items() if re.search(r"blocks.*norm1\.weight", name)]
+        sizes.append(f"{len(widths)} blocks of width {max(widths, default=0)}")
+    if sizes[0] != sizes[1]:
+        return f"; the file has {sizes[0]}, {role}.depths and {role}.width make {sizes[1]}"
+    names = " ".join(state.keys() ^ own.keys())
+    if not names and any(state[name].shape != own[name].shape for name in own if name.startswith(CLASSIFIER)):
         return way_out(target)
-    return next((f"; {words}" for part, words in HINTS.items() if part in " ".join(names)), "")
-
-
-def vit_size(state):
-    """The size of a ViT or a part of one, in words."""
-    widths = [len(value) for name, value in state.items() if re.search(r"blocks\.\d+\.norm1\.weight$", name)]
-    return f"{len(widths)} blocks of width {max(widths)}" if widths else "no blocks"
+    return next((f"; {words}" for part, words in HINTS.items() if part in names), "")
 
 
 # ---------- Files
@@ -191,7 +186,8 @@ def read(path):
         if Path(path).suffix == ".safetensors":
             return importlib.import_module("safetensors.torch").load_file(path)
         with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return content if isinstance(content, dict) else {f"a {type(content).__name__}": None}
     except Exception as e:  # pickle, zip and torch each have errors of their own for a broken or foreign file
         code = re.search(r"GLOBAL (\S+)", str(e))
         reason = re.split(r"\n|\. ", str(e))[0].rstrip(".") or type(e).__name__  # EOFError has no words
@@ -206,9 +202,7 @@ def read_weights(path):
     file, _, entry = str(path).rpartition("#")
     if not file or Path(path).exists():  # a # in the file's name
         file, entry = str(path), ""
-    content = read(file)
-    content = content if isinstance(content, dict) else {f"a {type(content).__name__}": None}
-    state = content
+    content = state = read(file)
     if entry:
         state = content.get(entry, {f"no {entry}, but {', '.join(map(str, content))}": None})
     for key in ("model", "state_dict", "block_state_dict", "model_state_dict", "module") * 2:  # also nested
@@ -227,7 +221,8 @@ def read_weights(path):
 
 def module_files(folder, count):
     """[a module's file, …] of a folder: files, or folders with a finished_checkpoint.pth, of one name that
-    ends in the modules' numbers: 0.pt …; ReadInStudent.pth, MediatorStudent_1.pth …, ReadOutStudent.pth."""
+    ends in the modules' numbers: 0.pt …; ReadInStudent.pth, MediatorStudent_1.pth …, ReadOutStudent.pth.
+    """
     series = {}  # name without number: [(number, file)]
     for file in [*Path(folder).glob("*.pt*"), *Path(folder).glob("*/finished_checkpoint.pt*")]:
         name = file.parent.name if file.stem == "finished_checkpoint" else file.stem
@@ -237,9 +232,8 @@ def module_files(folder, count):
             series.setdefault(name[:number.start()], []).append((int(number[0]), file))
     whole = [files for files in map(sorted, series.values()) if [i for i, _ in files] == list(range(count))]
     if len(whole) != 1:
-        every = [file for files in series.values() for _, file in files]
-        found = sorted(str(file.relative_to(folder).with_suffix("")) for file in every)
-        raise UserError(f"{folder} must hold a file for each of the modules 0 to {count - 1}, but it holds "
+        found = sorted(f"{name}{i}" for name, files in series.items() for i, _ in files)
+        raise UserError(f"{folder} must hold one file for each of the modules 0 to {count - 1}, but it holds "
                         f"{found}.")
     return [file for _, file in whole[0]]
 

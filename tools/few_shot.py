@@ -23,19 +23,14 @@ import data
 import evaluate
 import models
 
-ROLES = ("student", "meta", "teacher", "baseline", "baseline_kd")
-
 
 def main():
-    config, words = models.command_line(__doc__, (*ROLES, "all"))
+    config, words = models.command_line(__doc__, (*evaluate.ROLES, "all"))
     images, process = few_shot_set(config), data.setup(config["device"])
-    if not Path(config["output_dir"], "config.yaml").exists():  # of a run: how it was trained
+    results = Path(config["output_dir"], "results.json")
+    if process.rank == 0 and not results.with_name("config.yaml").exists():
         models.begin(config, process)
-    for role in ROLES if words.role == "all" else [words.role]:
-        path = models.finished(config, role, f"{role}.pt", evaluating=True)
-        if words.role == "all" and not path:
-            continue
-        path = path or models.needed(config, role, f"{role}.pt")
+    for role, path in evaluate.trained(config, words.role).items():
         model = models.build(config, role)
         models.load_weights(model, path)
         if known := {*models.about(path)["class_names"]} & {*images.class_names}:
@@ -43,7 +38,7 @@ def main():
                        f"{len(images.class_names)} names, such as {min(known)!r}: they are not new to it")
         for result in few_shot(model.to(process.device).eval(), images, config, process):
             if process.rank == 0:
-                evaluate.keep(Path(config["output_dir"], "results.json"), {"role": role, **result})
+                evaluate.keep(results, {"role": role, **result})
             top5 = f", top-5 {result['top5']:.2f} %" if config["few_shot"]["ways"] > 5 else ""
             models.say(process, f"{role}, {result['set']}: top-1 {result['top1']:.2f} "
                        f"± {result['ci95']:.2f} %{top5} of {result['images']:,} images")

@@ -1,8 +1,8 @@
 """figures.py – pictures of finished runs, and the method in one picture. Needs matplotlib.
 
-    python docs/figures.py runs/demo_nac                       writes runs/demo_nac/figures/*.png
-    python docs/figures.py runs/fashion_vmoe-s* --out docs     several runs, into a folder
-    python docs/figures.py --sandwich docs/sandwich.svg        the method, for the README
+    python tools/figures.py runs/demo_nac                         writes runs/demo_nac/figures/*.png
+    python tools/figures.py runs/fashion_vmoe-s* out=FOLDER       several runs, into a folder of your choice
+    python tools/figures.py sandwich=docs/sandwich.svg            the method, for the README
 
 A run's name is its folder's without the seed: runs/fashion_vmoe-s3 -> fashion_vmoe. cost and length compare
 all runs. The others are of those with the first run's name: curves and experts of all, as a mean over seeds,
@@ -11,10 +11,8 @@ circuit and contact of the first. Each picture is a function, runs -> figure, or
 
 import argparse
 import math
-import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,9 +24,10 @@ except ImportError:
     print("error: the pictures need matplotlib; install it with: pip install matplotlib", file=sys.stderr)
     sys.exit(2)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cost as costs
 import data
-import evaluate
 import models
+import report
 
 # Okabe and Ito's colors, which color-blind people can tell apart.
 BLUE, RED, GREEN, ORANGE, PINK, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
@@ -47,14 +46,17 @@ plt.rcParams.update({
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="FOLDER", help="a run's folder, such as runs/demo_nac")
-    parser.add_argument("--out", help="where the pictures go, instead of the first run's figures/")
+    parser.add_argument("--out", metavar="FOLDER", help="where the pictures go; a single run has a default")
     parser.add_argument("--sandwich", metavar="FILE", help="draws the method into this .svg")
-    words = parser.parse_args()
+    own = ("out=", "sandwich=")  # options work without their dashes, too
+    words = parser.parse_intermixed_args([f"--{w}" if w.startswith(own) else w for w in sys.argv[1:]])
     if words.sandwich:  # without the date, so that the same code writes the same bytes
         sandwich().savefig(words.sandwich, facecolor="white", metadata={"Date": None})
     elif not words.runs:
-        parser.error("name a run's folder, or --sandwich FILE")
-    runs = [read_run(Path(folder)) for folder in words.runs]
+        parser.error("name a run's folder, or sandwich=FILE")
+    if len(words.runs) > 1 and not words.out:
+        raise data.UserError("These pictures are of several runs: say with out=FOLDER where they go.")
+    runs = [report.Run(Path(folder)) for folder in words.runs]
     for draw in (curves, cost, length, circuit, experts, contact) if runs else ():
         path = Path(words.out or Path(words.runs[0], "figures"), f"{draw.__name__}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,31 +65,31 @@ def main():
             if figure := draw(shown):
                 figure.savefig(path)
             print(path if figure else f"{path.name}: nothing to show")
-        except models.UserError as error:  # for example a set of images that is not here any more
+        except data.UserError as error:  # for example a set of images that is not here any more
             print(f"{path.name} is left out: {error}")
 
 
-def read_run(folder):
-    """A run: its name, seed, config, test accuracies {role: %}, costs {role: {…}} and log {stage: lines}."""
-    # The folder may have been moved since it was made. Where it is says where its files are.
-    config, log = {**evaluate.read_config(folder), "output_dir": str(folder)}, {}
-    for source in map(Path, models.folders(config)):
-        other, done = evaluate.read_config(source), list(log)
-        for line in evaluate.read_log(source):
-            stage = line["stage"]
-            # A stage that was taken from a shared run has its log there.
-            if stage not in done and models.settings(config, stage) == models.settings(other, stage):
-                log.setdefault(stage, []).append(line)
-    top1 = {r["role"]: r["top1"] for r in evaluate.read_results(folder / "results.json")
-            if r["set"] == "test" and not r.get("given")}
-    return SimpleNamespace(name=re.sub(r"-s\d+", "", folder.name), seed=config["seed"], config=config,
-                           top1=top1, costs=evaluate.costs(folder, config), log=log)
+def log(run, *names):
+    """The log's lines of some stages. A stage that was taken from a shared run has its log there."""
+    found = []
+    for name in names:
+        for folder in (run.folder, run.find(name)[0]):
+            lines = [line for line in report.read_log(folder) if line["stage"] == name] if folder else []
+            found += lines
+            if lines:
+                break
+    return found
 
 
-def made_with(run, role, *free):
-    """The settings that a role's result depends on, as a text, without the seed and the keys in `free`."""
-    settings = models.settings(run.config, role)
-    return str(sorted((key, str(value)) for key, value in settings.items() if key not in ("seed", *free)))
+def look(run, role):
+    """Which of LOOKS a model has."""
+    return "alone" if role == "student" and run.config["distill"]["alpha"] == 0 else role
+
+
+def made_with(settings, *free):
+    """Settings as a text, without the seed and the keys in `free`; imported weights differ between seeds."""
+    keys = sorted(settings.keys() - {"seed", *free})
+    return str([(key, "imported" if key.endswith(".pt") else settings[key]) for key in keys])
 
 
 def mean_std(values):
@@ -95,13 +97,13 @@ def mean_std(values):
     return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
-def page(runs, title, rows=1, columns=1, height=3.6, log=False):
-    """A figure with a title that says how many seeds it shows, and its axes, of test accuracy if `log`."""
+def page(runs, title, rows=1, columns=1, height=3.6, log_axis=False):
+    """A figure with a title that says how many seeds it shows, and its axes."""
     figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height), squeeze=False)
-    n = len({run.seed for run in runs})
-    seeds = f"mean ± standard deviation of {n} seeds" if n > 1 else f"seed {runs[0].seed}"
+    n = len({run.config["seed"] for run in runs})
+    seeds = f"mean ± standard deviation of {n} seeds" if n > 1 else f"seed {runs[0].config['seed']}"
     figure.suptitle(f"{runs[0].name}: {title}, {seeds}")
-    if log:
+    if log_axis:
         axes[0, 0].set(xscale="log", ylabel="test top-1 (%)")
         axes[0, 0].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes[0, 0].xaxis.set_major_formatter("{x:g}")  # 0.2 in place of 2·10⁻¹
@@ -121,23 +123,22 @@ def plot(axis, points, name, color):
 def curves(runs):
     """Validation accuracy against epochs: students and baselines, modules of both kinds, meta and teacher."""
     figure, axes = page(runs, "accuracy in training", 2, 2, 5.5)
-    last = [run.log["meta"][-1]["val_top1"] for run in runs if "meta" in run.log]
-    for axis, (title, *stages) in zip(axes.flat, (
+    last = [lines[-1]["val_top1"] for run in runs if (lines := log(run, "meta"))]
+    for axis, (title, *names) in zip(axes.flat, (
             ("student and baseline", "student", "baseline", "baseline_kd"),
             ("m2mKD: student modules in the meta model", "distill"),
             ("meta model and teacher", "meta", "teacher"),
             ("incubation: teacher modules in the meta model", "incubate"))):
         lines, levels = {}, {}  # {a stage's name or a module's number: {epoch: values}}, {name: value}
-        for line in [line for stage in stages for run in runs for line in run.log.get(stage, ())]:
+        for line in [line for run in runs for line in log(run, *names)]:
             lines.setdefault(line["module"], {}).setdefault(line["epoch"], []).append(line["val_top1"])
         # Modules have an order, which lightness shows however many they are.
         shades = plt.cm.viridis(np.linspace(0, 0.7, len(lines)))
         ends = [plot(axis, points, *LOOKS.get(key, (f"module {key}", shade)))
                 for (key, points), shade in zip(lines.items(), shades)]
         if "student" in lines:
-            levels["chance"] = 100 / models.on_target(runs[0].config, "student")["data"]["classes"]
-            # On other classes the meta model's accuracy says nothing about the student's.
-            if last and not models.new_classes(runs[0].config):
+            levels["chance"] = 100 / runs[0].config["data"]["classes"]
+            if last:
                 levels["meta model"] = np.mean(last)
         for name, level in levels.items():
             axis.axhline(level, color=BLACK, linestyle=":" if name == "chance" else "--", linewidth=1)
@@ -151,24 +152,26 @@ def curves(runs):
             place = min(y, place - 7.5)
             axis.annotate(f"{name}: {y:.1f}", (1.02, place), xycoords=("axes fraction", "data"), color=color,
                           va="center", size=8)
-    return figure if any(run.log for run in runs) else None
+    return figure if any(axis.get_visible() for axis in axes.flat) else None
 
 
 def cost(runs):
     """Test accuracy against the multiply-adds of all stages that went into a model."""
-    made = {}  # settings: (role, run's name, {seed: (TMAC, %)})
+    made = {}  # (role, settings): (look, run's name, {seed: (TMAC, %)})
     for run in runs:
-        for role, top1 in run.top1.items():
-            tmac, unknown = run.costs[role]["all TMAC"], role == "student" and run.config["student"]["start"]
-            # What weights from elsewhere cost is not known. On other classes meta and teacher do not compare.
-            unlike = role in ("meta", "teacher") and models.new_classes(run.config)
-            if tmac and not unknown and not unlike:
+        lost = {text.split()[0] for text in run.uncounted}
+        for role, scores in run.scores.items():
+            # What imported weights cost is not known.
+            unknown = lost & {*costs.stages_before(run.config, role)}
+            if "test" in scores and run.costs.get(role) and not unknown:
                 # The key makes one point of a baseline that runs of several names share.
-                made.setdefault((role, made_with(run, role)), (role, run.name, {}))[2][run.seed] = tmac, top1
+                key = role, made_with(run.find(role)[1] or run.settings)
+                seeds = made.setdefault(key, (look(run, role), run.name, {}))[2]
+                seeds[run.config["seed"]] = run.costs[role]["all TMAC"], scores["test"]
     points = sorted((*map(mean_std, zip(*seeds.values())), role, name) for role, name, seeds in made.values())
     if not points:
         return None
-    figure, [[axis]] = page(runs, "accuracy against total cost", height=4 + 0.1 * len(points), log=True)
+    figure, [[axis]] = page(runs, "accuracy against total cost", height=4 + 0.1 * len(points), log_axis=True)
     axis.set_xlabel("$10^{12}$ multiply-adds (TMAC) of all stages that went into the model")
     for number, ((x, _), (y, std), role, name) in enumerate(points, 1):
         what, color = LOOKS[role]
@@ -190,15 +193,18 @@ def cost(runs):
 
 def length(runs):
     """Test accuracy against the length of fine-tuning: a panel for all runs that differ in nothing else."""
-    free, panels = ("train.student.epochs", "train.baseline_epochs", "distill.alpha"), {}
-    for run, role in [(run, role) for run in runs for role in ("student", "baseline") if role in run.top1]:
-        alone, epochs = run.config["distill"]["alpha"] == 0, models.schedule(run.config, role)["epochs"]
-        # A panel's title is that of its first run.
-        title = f"{run.name} ({models.on_target(run.config, role)['data']['set']})"
-        _, lines = panels.setdefault(made_with(run, "student", *free), (title, {}))
-        line = lines.setdefault("alone" if alone and role == "student" else role, {})
-        # By seed, because runs that share a baseline report the same one.
-        line.setdefault(epochs, {})[run.seed] = run.top1[role]
+    free = ("train.student.epochs", "train.baseline_epochs", "distill.alpha", "output_dir", "share", "device")
+    panels = {}
+    for run in runs:
+        for role in {"student", "baseline"} & {role for role in run.scores if "test" in run.scores[role]}:
+            data_set = Path(run.config["data"]["root"]).stem
+            key = data_set, made_with(models.flatten(run.config), *free, *models.LEFT_OUT)
+            # A panel's title is that of its first run.
+            panel = panels.setdefault(key, (f"{run.name} ({data_set})", {}))[1]
+            line = panel.setdefault(look(run, role), {})
+            # By seed, because runs that share a baseline report the same one.
+            epochs = models.schedule(run.config, role)["epochs"]
+            line.setdefault(epochs, {})[run.config["seed"]] = run.scores[role]["test"]
     panels = [panel for panel in panels.values() if any(len(line) > 1 for line in panel[1].values())]
     if not panels:
         return None
@@ -239,12 +245,12 @@ def links(model):
 def circuit(runs):
     """A NAC's circuit before and after fine-tuning: who hears whom, darker for a larger kernel."""
     config, K = runs[0].config, []
-    for stage, file in ("assemble_student", "student_assembled.pt"), ("student", "student.pt"):
-        path = models.finished(config, stage, file)
-        if not path or config["student"]["kind"] != "nac":
+    for name in ("assemble_student", "student"):
+        folder = runs[0].find(name)[0]
+        if not folder or config["student"]["kind"] != "nac":
             return None
-        model = models.build(models.on_target(config, "student"), "student")
-        models.load_weights(model, path)
+        model = models.build(config, "student")
+        models.load_weights(model, folder / models.files(config, name)[0])
         K.append(links(model))
     # Input latents left, mediators on a ring (a graph prior's groups are neighbors), output latents right.
     (U, M, O), K = config["student"]["latents"], np.stack(K)
@@ -280,7 +286,7 @@ def experts(runs):
     for axis, role in zip(axes.flat, ("student", "baseline")):
         # Experts' numbers mean nothing, so each seed's are sorted by share before the mean is taken: a mean
         # by number would look even however lopsided each seed is.
-        last = [run.log[role][-1] for run in runs if role in run.log]
+        last = [lines[-1] for run in runs if (lines := log(run, role))]
         loads = [np.sort(line["expert_load"])[:, ::-1] for line in last if "expert_load" in line]
         if not loads:
             axis.remove()
@@ -291,7 +297,7 @@ def experts(runs):
         axis.bar(x.ravel(), share.ravel(), 0.7 / E, yerr=std.ravel(), color=LOOKS[role][1])
         axis.axhline(100 / E, color=BLACK, linestyle="--", linewidth=1)
         axis.annotate("even", (1.01, 100 / E), xycoords=("axes fraction", "data"), va="center", size=8)
-        axis.set_xticks(range(layers), [f"layer {k + 1}" for k in range(layers)])
+        axis.set_xticks(range(layers), [f"layer {k}" for k in range(layers)])
         axis.set(title=LOOKS[role][0], ylabel="share of tokens (%)")
         axis.grid(axis="x", visible=False)
     return figure if figure.axes else None
@@ -300,22 +306,25 @@ def experts(runs):
 @torch.no_grad()
 def contact(runs):
     """Eight test images and their renditions, with what the student takes them for."""
-    path = models.finished(runs[0].config, "student", "student.pt")
-    if not path:
+    folder = runs[0].find("student")[0]
+    if not folder:
         return None
-    model = models.load(path)
-    test = data.load(model.config, "test")
-    # Far apart, and not in step with the classes, which drawn sets go through by turns.
-    test = test.take([k * (len(test) // 8 + 1) % len(test) for k in range(8)])
+    model = models.load(folder / "student.pt")
+    # Of renditions image k is image k of the test set; other robustness sets have images of their own.
+    names = ["test", *({"renditions"} & {*model.config["data"]["robustness"]})]
     ends = torch.tensor([0, 255]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
     black, white = data.normalize(ends, model.config["data"])
-    figure, axes = page(runs[:1], "what the student takes images for (green: right, red: wrong)", 2, 8, 3.1)
-    for row, title, images in zip(axes, ("test images", "renditions"), (test, data.renditions(test))):
-        row[0].set_ylabel(title)
+    title = "what the student takes images for (green: right, red: wrong)"
+    figure, axes = page(runs[:1], title, len(names), 8, 0.4 + 1.35 * len(names))
+    for row, name in zip(axes, names):
+        row[0].set_ylabel({"test": "test images"}.get(name, name))
+        images = data.load(model.config, name)
+        # Far apart, and not in step with the classes, which drawn sets go through by turns.
+        images = images.take([k * (len(images) // 8 + 1) % len(images) for k in range(8)])
         x, labels = next(data.eval_batches(images, model.config, data.Setup(torch.device("cpu"), 0, 1)))
         answers, x = model(x).argmax(-1), (x - black) / (white - black)
         for axis, image, label, answer in zip(row, x, labels, answers):
-            name, right = (test.class_names[k][:13] for k in (answer, label))
+            name, right = (model.class_names[k][:13] for k in (answer, label))
             color, text = (GREEN, name) if answer == label else (RED, f"{name}\nnot {right}")
             axis.imshow(image.clamp(0, 1).permute(1, 2, 0))
             axis.set(xticks=[], yticks=[])

@@ -22,7 +22,6 @@ import evaluate
 import models
 from data import UserError
 
-ROLES = ("student", "meta", "teacher", "baseline", "baseline_kd")
 RESULT = {"role": str, "set": str, "top1": (int, float), "images": int}
 COSTS = ("own TMAC", "all TMAC", "own s")
 BAR = r"\|"  # a | that does not end a cell of Markdown
@@ -90,7 +89,7 @@ class Run:
             raise UserError(f"{self.folder} holds no results: run evaluate.py first.")
         for r in results:
             fits = isinstance(r, dict) and all(isinstance(r.get(key), kind) for key, kind in RESULT.items())
-            if not fits or r["role"] not in ROLES:
+            if not fits or r["role"] not in evaluate.ROLES:
                 raise UserError(f"{path} holds an entry that evaluate.py did not write; remove the file and "
                                 "evaluate again.")
         self.scores, self.sizes = {}, {}
