@@ -11,7 +11,6 @@ A set is a folder of image files or an .npz of arrays; tools/prepare.py makes on
 Axes: N images, B batch of one process, H = W image size, K classes. Images: uint8 N 3 H W.
 """
 
-import atexit
 import datetime
 import functools
 import gc
@@ -71,7 +70,6 @@ class DataKeys:
     std: Literal["imagenet", "half"] | tuple[Fraction, Fraction, Fraction] = "imagenet"
 
 
-
 MEAN = {"imagenet": (0.485, 0.456, 0.406), "half": (0.5, 0.5, 0.5)}
 STD = {"imagenet": (0.229, 0.224, 0.225), "half": (0.5, 0.5, 0.5)}
 
@@ -90,10 +88,8 @@ class Setup(NamedTuple):
 def setup(device="auto"):
     """Device and process group of this process. A collective that waits longer than PATIENCE fails."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    complete = world == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if not (0 <= rank < world and complete):
-        raise UserError(f"RANK={rank}, WORLD_SIZE={world}, MASTER_ADDR and MASTER_PORT are not complete: "
-                        "start with torchrun.")
+    if rank >= world or world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise UserError("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not complete: start with torchrun.")
     works = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         # Apple's GPU serves one process only: torch.distributed has no backend for it.
@@ -104,8 +100,7 @@ def setup(device="auto"):
         # One GPU per process; LOCAL_RANK counts the processes of one machine.
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise UserError(f"more processes were started than this machine has GPUs, "
-                            f"{torch.cuda.device_count()}.")
+            raise UserError(f"There are more processes than GPUs, {torch.cuda.device_count()}.")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
         # TF32 for float32 products: three times the speed. The NAC's distance stays exact (models.distance).
@@ -178,29 +173,30 @@ def generator(*key):
 def load(config, split, stage=None):
     """The images of one split -> ImageSet. Raises UserError where files or numbers do not fit.
 
-    split: train, validation, test, or a robustness set of the config. One permutation, seeded by
-    config["seed"], shuffles the training pool. Its last `validation_images` are the validation set, unless
-    an .npz has a validation split of its own. The first `train_images` of the rest are the training set, and
-    of these a stage sees train.<stage>.images.
+    split: train, validation, test, or a robustness set of the config. The training images are shuffled by
+    config["seed"]. The last `validation_images` of them are the validation set, unless an .npz has one of its
+    own; the first `train_images` are the training set, and of these a stage sees train.<stage>.images.
     """
     options = config["data"]
     if split not in ("train", "validation"):
         return _test_set(options, split)
     own = "validation" in splits(options)
-    pool = _pool(options, split if own else "train")
-    held_out = options["validation_images"]
-    if held_out is None:
-        held_out = len(pool) if own and split == "validation" else max(1, min(1000, len(pool) // 10))
+    pool, count = _pool(options, split if own else "train"), options[f"{split}_images"]
     order = np.random.default_rng(config["seed"]).permutation(len(pool))
-    # Validation from the end: it stays the same whatever train_images is.
-    rest = len(pool) if own else len(pool) - held_out
-    wanted = held_out if own and split == "validation" else options["train_images"]
-    if wanted > rest or rest < 1:
-        raise UserError(f"data.train_images={options['train_images']} and data.validation_images={held_out} "
-                        f"are more than the {len(pool)} images of {options['root']}; lower one of them.")
-    if split == "validation":
-        return pool.take(order[:held_out] if own else order[rest:])
-    order = order[:rest][:options["train_images"] or None]
+    if not own:
+        held_out = options["validation_images"]
+        if held_out is None:
+            held_out = max(1, min(1000, len(pool) // 10))
+        # Validation from the end: it stays the same whatever train_images is.
+        first = max(0, len(pool) - held_out)
+        order = order[first:] if split == "validation" else order[:first]
+    if count is None or split == "train" and count == 0:
+        count = len(order)
+    if count > len(order) or split == "train" and count == 0:
+        raise UserError(f"data.train_images={options['train_images']} and data.validation_images="
+                        f"{options['validation_images']} are more than the {len(pool)} images of "
+                        f"{options['root']}; lower one of them.")
+    order = order[:count]
     if stage is None:
         return pool.take(order)
     # A slice of the shuffled training set: disjoint slices share no image, equal slices are equal (few
@@ -301,8 +297,8 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
         views = (_crop_and_flip(pool, order[positions[m]], options, generator(*key, m, 1), total, own)
                  for m in batches)
     else:
-        views = _read(([(imageset.source(order[p]), repr((*key, p))) for p in positions[m].tolist()]
-                       for m in batches), options, augment, process.device)
+        requests = ([(order[p], repr((*key, p))) for p in positions[m].tolist()] for m in batches)
+        views = _read(imageset, requests, options, augment, process.device)
     labels = imageset.labels[order].to(process.device)  # once an epoch, because a copy makes the GPU wait
     for m, images in zip(batches, views):
         images = normalize(images, options)
@@ -362,9 +358,6 @@ def mix(images, labels, options, rng):
     return mixed, lam * targets + (1 - lam) * targets.flip(0)
 
 
-SMALL = 2**28  # bytes; Tiny-ImageNet's 10,000 validation images at 64 pixels take 123 MB
-
-
 def eval_batches(imageset, config, process, batch=256):
     """This process's share of the set, images rank::world in order: each image once over all processes.
 
@@ -376,8 +369,8 @@ def eval_batches(imageset, config, process, batch=256):
     if imageset.ready(options["image_size"]):
         views = (imageset.images[indices].to(process.device, non_blocking=True) for indices in batches)
     else:
-        views = _read(([(imageset.source(i), None) for i in indices.tolist()] for indices in batches),
-                      options, center_view, process.device)
+        requests = ([(i, None) for i in indices.tolist()] for indices in batches)
+        views = _read(imageset, requests, options, center_view, process.device)
     for indices, images in zip(batches, views):
         yield normalize(images, options), imageset.labels[indices].to(process.device, non_blocking=True)
 
@@ -388,7 +381,7 @@ def eval_batches(imageset, config, process, batch=256):
 def splits(options):
     """The splits of an .npz; a folder has none beside training and test images."""
     root, end = Path(options["root"]), "_images"
-    if not _is_npz(root):
+    if root.suffix != ".npz":
         return []
     return [name.removesuffix(end) for name in read_npz(root) if name.endswith(end)]
 
@@ -399,7 +392,7 @@ def class_names(options):
     if not options["root"] or not root.exists():
         raise UserError(f"data.root={options['root']!r} is not there: set it to a folder of train/<class>/*, "
                         f"or make the set: python tools/prepare.py {root.stem or 'SET'} {root}")
-    names = _npz_names(root) if _is_npz(root) else class_folders(root / "train")
+    names = _npz_names(root) if root.suffix == ".npz" else class_folders(root / "train")
     if options["classes"] not in (None, len(names)):
         raise UserError(f"data.classes={options['classes']}, but data.root={root} has {len(names)} classes.")
     return names
@@ -411,7 +404,7 @@ def identity(options):
     Of an .npz the checksum is over its arrays, of a folder over the names of its training files.
     """
     names, root = class_names(options), Path(options["root"])
-    if _is_npz(root):
+    if root.suffix == ".npz":
         with zipfile.ZipFile(root) as archive:  # which holds a checksum of each array
             known = sorted((array.filename, array.CRC) for array in archive.infolist()
                            if array.filename.startswith(("train_", "validation_")))
@@ -423,7 +416,7 @@ def identity(options):
 def _pool(options, split):
     """All images of a split as it is on disk: train, test, or another one of an .npz."""
     root, names = Path(options["root"]), class_names(options)
-    if not _is_npz(root):
+    if root.suffix != ".npz":
         return read_folders(_split_folder(root, split, names), names, names)
     images, labels = read_npz(root, f"{split}_images", f"{split}_labels")
     fine = images.dtype == np.uint8 and images.shape[3:] == (3,) and labels.shape == images.shape[:1]
@@ -432,10 +425,6 @@ def _pool(options, split):
         raise UserError(f"{root}: {split}_images must be uint8 N H W 3, and {split}_labels N integers below "
                         f"{len(names)}.")
     return ImageSet(labels, names, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
-
-
-def _is_npz(root):
-    return root.suffix == ".npz"
 
 
 def read_npz(path, *names):
@@ -559,51 +548,34 @@ def note(text):
 
 
 class _Views(Dataset):
-    """A batch of views, in a data-loader worker; a request is [(source, draw), …], options, view."""
+    """Batches of views, made in data-loader workers; a request is [(an image's index, its draw), …]."""
+
+    def __init__(self, imageset, options, view):
+        self.imageset, self.options, self.view = imageset, options, view
 
     def __getitem__(self, request):
-        images, options, view = request
+        views = []
         try:
-            views = np.stack([view(read_image(source), options, draw) for source, draw in images])
+            for i, draw in request:
+                views.append(self.view(read_image(self.imageset.source(i)), self.options, draw))
         except UserError as error:
             # Raised here, the sentence would be buried in a traceback of the loader's: _read raises it.
             return error
-        views = torch.from_numpy(views).permute(0, 3, 1, 2).contiguous()  # B H W 3 -> B 3 H W
+        views = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()  # B H W 3 -> B 3 H W
         try:  # here, because the thread that sends it would lose the batch without a word
             return views.share_memory_() if torch.utils.data.get_worker_info() else views
         except RuntimeError as error:
             return UserError(f"/dev/shm is too small ({error}); data.workers=0 does without it.")
 
 
-class _Requests:
-    """What the workers are asked for next."""
-
-    def __iter__(self):
-        return self.items
-
-
-@functools.lru_cache(maxsize=1)
-def _loader(workers, pin_memory):
-    """One loader for training and evaluation: its workers know no set, and live as long as the process."""
-    atexit.register(_end_workers)
+def _read(imageset, requests, options, view, device):
+    """Batches of (index, draw) -> uint8 B 3 H W on the device, in order. UserError names a bad image."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A request is a batch already, hence batch_size=None. The generator is the loader's own, because it draws
     # a number for its workers, which must not move torch's global state.
-    return DataLoader(_Views(), batch_size=None, sampler=_Requests(), num_workers=workers,
-                      persistent_workers=workers > 0, generator=torch.Generator(), pin_memory=pin_memory)
-
-
-def _end_workers():
-    """Python would send SIGTERM and wait, but workers do not hear it (see _read)."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as failed
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def _read(batches, options, view, device):
-    """Batches of (source, draw) -> uint8 B 3 H W on the device, in order. UserError names a bad image."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    loader = _loader(min(options["workers"], cores), device.type == "cuda")
-    loader.sampler.items = ((images, options, view) for images in batches)
+    loader = DataLoader(_Views(imageset, options, view), batch_size=None, sampler=requests,
+                        num_workers=min(options["workers"], cores), pin_memory=device.type == "cuda",
+                        generator=torch.Generator())
     # Workers inherit blocked signals. They go to all processes of a job, and the one that trains needs its
     # workers until it has saved.
     if loader.num_workers and multiprocessing.get_start_method() != "fork":

@@ -1439,9 +1439,6 @@ def command_line(doc, roles=(), **more):
         cuda = config["device"] in ("auto", "cuda") and torch.cuda.is_available()
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         config["precision"] = "bfloat16" if fast else "float32"
-    units = any(has for unit, has in torch.cpu.get_capabilities().items() if "bf16" in unit)
-    if config["precision"] == "bfloat16" and not (units or torch.cuda.is_available()):
-        data.note("precision=bfloat16: this processor has no units for it, so float32 is about twice as fast")
     return config, words
 
 
@@ -1456,18 +1453,16 @@ def run(main):
         main()
         data.close()
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        # torch's words for too little memory, for compile=true without a compiler, and for a worker that
-        # died, which its handler of signals raises wherever this process is
+        # torch's words for too little memory, for compile=true without a compiler, and for a dead worker
         text = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, RuntimeError) and not re.search("alloc|compiler|DataLoader worker", text):
             raise
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
         elif not isinstance(e, UserError):
-            text = text.rstrip(".") + ". TRACEBACK=1 in the environment shows where it came from."
+            text = text.rstrip(".") + ". TRACEBACK=1 in the environment shows where."
         if "DataLoader worker" in text:
-            text += (" If memory ran out, a smaller batch or fewer data.workers help; if /dev/shm is small "
-                     "(a container), data.workers=0.")
+            text += " If memory ran out, take fewer data.workers; if /dev/shm did, data.workers=0."
         # In every process, because the bad image may be in this one's share.
         print("error:", text, file=sys.stderr)
         sys.exit(2)
@@ -1650,11 +1645,10 @@ def compare(old, new, path, config):
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
             before, now = (reprlib.repr(settings.get(key)) for settings in (old, new))
-            what = f" (data.root={config['data']['root']} is another set, or has changed)"
-            raise UserError(
-                f"{key} was {before} when {path} was made, now it is {now}"
-                f"{what if key.startswith('data.c') else ''}. Use a new output_dir and share={share} to keep "
-                "the stages that do not change.")
+            if key in ("data.class_names", "data.checksum"):
+                now += f" (data.root={config['data']['root']} is another set, or has changed)"
+            raise UserError(f"{key} was {before} when {path} was made, now it is {now}. Use a new output_dir "
+                            f"and share={share} to keep the stages that do not change.")
 
 
 def folders(config):
@@ -1666,9 +1660,8 @@ def folders(config):
 def finished(config, name, file, evaluating=False):
     """Path of a stage's finished file, in the run's folder or a shared one; None if it is still to be made.
 
-    A file made with other settings is never taken for the stage's result: in the run's folder it is refused.
-    Imported weights must fit the models of the config alone. `evaluating`: what a run was built on need not
-    be there any more, and the precision is free.
+    A file made with other settings is passed over; in the run's folder it is refused. Imported weights must
+    only be of the config's model. `evaluating`: what a run was built on may be gone, and precision is free.
     """
     new = settings(config, name)
     for folder in folders(config):
@@ -1703,8 +1696,8 @@ def needed(config, name, file):
     """Path of a finished file that the next stage builds on. Raises UserError if it is not there."""
     if path := finished(config, name, file):
         return path
-    raise UserError(f"{Path(config['output_dir'], file)} is not there yet: run the stage that makes it first "
-                    "(run.sh runs all stages in order).")
+    raise UserError(f"{Path(config['output_dir'], file)} is not there yet: run the stage that makes it, or "
+                    "run.sh, which runs all in order.")
 
 
 def check_inputs(config):
@@ -1985,17 +1978,13 @@ def checkpoint_path(config, name, only=None):
 
 def lock(path):
     """An open file that no other process has locked. It is unlocked when this process ends, killed or not."""
-    file = open(path, "a+")
+    file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        raise UserError(f"{path.parent}: {file.read() or 'another job'} is at work on this stage.") from None
+        raise UserError(f"{path} is locked: another job is at work on this stage.") from None
     except OSError as e:
         data.note(f"{path}: this file system knows no locks ({e}); start no second job in this folder")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {os.uname().nodename}")
-    file.flush()
     return file
 
 
@@ -2070,7 +2059,6 @@ def append(path, lines):
     """Appends lines to a .jsonl file; a last line that was cut short stays a line of its own."""
     with open(path, "a+") as file:
         file.seek(max(0, file.tell() - 1))
-        torn = file.read() not in ("", "\n")
-        if torn:
+        if file.read() not in ("", "\n"):
             file.write("\n")
         file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -2,8 +2,8 @@
 
 models.py reaches the same numbers by shorter ways. Here nothing is shortened: every key and value of every
 pair of latent and token is written out, and the mixture is a loop over tokens. test_models.py shows that
-outputs and gradients agree; bench.py shows what the shorter ways save. A function takes a module of models.py
-for its parameters only.
+outputs and gradients agree; tools/bench.py shows what the shorter ways save. A function takes a module of
+models.py for its parameters only.
 
 In training the noise is drawn in models.py's order and shapes, so with the same seed both see the same draws.
 Axes as in models.py: B batch · U receivers · V senders or tokens · D width · X token width · h heads ·

@@ -435,16 +435,15 @@ def test_every_image_is_evaluated_once(count, world, size):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_pass_that_is_left_early_leaves_nothing_to_the_next_and_workers_stay(workers):
+def test_a_pass_that_is_left_early_leaves_nothing_to_the_next(workers):
     config, imageset = small_config(**SINGLE, workers=workers), random_set(70)
-    whole, children = epoch_of(small_config(**SINGLE), imageset), set()
+    whole = epoch_of(small_config(**SINGLE), imageset)
     for epoch in range(2):
         next(data.train_batches(imageset, config, "meta", epoch, ALONE))
-        children |= {child.pid for child in multiprocessing.active_children()}
     assert same(epoch_of(config, imageset), whole)
     next(data.eval_batches(imageset, make_config(image_size=4, workers=workers), ALONE, 4))
     assert same(epoch_of(config, imageset), whole)
-    assert children == {child.pid for child in multiprocessing.active_children()} and len(children) == workers
+    assert len(multiprocessing.active_children()) <= workers  # and no worker
 
 
 def test_a_process_with_workers_ends_by_itself_also_in_the_middle_of_an_epoch():
@@ -686,7 +685,7 @@ def test_one_process_needs_no_group_and_an_incomplete_launch_is_refused(monkeypa
     data.close()
     place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     for launch in ({"RANK": "1"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2", **place},
-                   {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x"}, {"WORLD_SIZE": "2", "RANK": "2", **place}):
+                   {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "2", **place}):
         with monkeypatch.context() as patch, pytest.raises(UserError, match="start with torchrun"):
             for name, value in launch.items():
                 patch.setenv(name, value)

@@ -7,6 +7,7 @@
 """
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,8 +17,7 @@ import models
 from conftest import ROOT
 
 PRIORS = ["scale_free", "planted_partition", "ring_of_cliques", "erdos_renyi"]
-# mediators, links of a new node, groups
-SIZES = {"tiny_imagenet_nac": (256, 2, 8), "imagenet_nac": (768, 6, 12)}
+SIZES = {"tiny_imagenet_nac": (256, 2, 8), "imagenet_nac": (768, 6, 12)}  # mediators, graph_m, graph_groups
 every_size = pytest.mark.parametrize("name", SIZES)
 every_prior = pytest.mark.parametrize("prior", PRIORS)
 
@@ -50,9 +50,6 @@ def within_four_sigma(pairs, p):
     return abs(pairs.mean() - p) < 4 * math.sqrt(p * (1 - p) / len(pairs))
 
 
-# ---------- The graphs
-
-
 @every_size
 def test_the_configs_hold_the_paper_s_graphs(name):
     c = config(name, "scale_free")
@@ -70,12 +67,12 @@ def test_a_graph_is_undirected_without_loops_and_another_for_each_seed(name, pri
     assert (graph(name, prior, 1)[0] != linked).any() == (prior != "ring_of_cliques")
 
 
-@every_prior
-def test_groups_need_not_divide_the_number_of_nodes(prior):
-    linked = models.random_graph(prior, 37, np.random.default_rng(0), groups=4)
-    assert linked.dtype == bool and (linked == linked.T).all() and not linked.diagonal().any()
-    if prior == "ring_of_cliques":  # of 10, 9, 9, 9 nodes
-        assert linked.sum() / 2 == 45 + 3 * 36 + 4 and components(linked) == 1
+def test_groups_need_not_divide_the_number_of_nodes():
+    for prior in PRIORS:
+        linked = models.random_graph(prior, 37, np.random.default_rng(0), groups=4)
+        assert linked.dtype == bool and (linked == linked.T).all() and not linked.diagonal().any()
+        if prior == "ring_of_cliques":  # of 10, 9, 9, 9 nodes
+            assert linked.sum() / 2 == 45 + 3 * 36 + 4 and components(linked) == 1
 
 
 @every_size
@@ -127,14 +124,11 @@ def test_erdos_renyi_has_its_density_and_no_hubs(name):
     assert abs(deviations).max() < 5 and 0.8 < deviations.std() < 1.2
 
 
-# ---------- Regularizers
-
-
 @every_size
 @every_prior
 def test_the_prior_s_regularizer_is_finite_and_moves_signatures(name, prior):
     c = config(name, prior)
-    model = models.build(models.on_target(c, "student"), "student")
+    model = models.build(c, "student")
     linked, group = graph(name, prior)
     with torch.no_grad():  # as after fitting: groups are close together, some pairs beyond the truncation
         model.mediator_latents.signatures += 12 * torch.from_numpy(np.eye(64, dtype=np.float32)[group])
@@ -155,28 +149,19 @@ def test_the_prior_s_regularizer_is_finite_and_moves_signatures(name, prior):
             assert models.distance(moved, moved)[near].mean() > before[near].mean()
 
 
-# ---------- Fitting
-
-
-def shares(signatures, linked):
-    """Shares in % of linked pairs with δ ≤ .9, and of unlinked pairs with δ > .9."""
-    s = signatures.detach().double().numpy()
-    s = s / np.linalg.norm(s, axis=1, keepdims=True)
-    delta, upper = 1 - s @ s.T, np.triu(np.ones_like(linked), 1)
-    return 100 * (delta[linked & upper] <= 0.9).mean(), 100 * (delta[~linked & upper] > 0.9).mean()
+def test_a_graph_without_links_is_fitted():
+    """Erdős–Rényi graphs of few mediators may have none."""
+    near, far = models.fit_signatures(torch.zeros(4, 8), np.zeros((4, 4), bool), steps=3)
+    assert near == 1 and 0 <= far <= 1
 
 
 @pytest.mark.slow
 @every_size
 def test_fitted_signatures_hold_each_prior_as_far_as_64_numbers_can(name):
     """256 mediators: all pairs of every prior. 768: a ring of cliques; 64 numbers are too few for others."""
-    print("\nprior               mediators   links   linked % δ≤.9   unlinked % δ>.9")
     for prior in PRIORS:
         c = config(name, prior)
-        model = models.build(models.on_target(c, "student"), "student")
-        line = models.fit_graph_prior(model, c)
-        linked, signatures = graph(name, prior, c["seed"])[0], model.mediator_latents.signatures
-        near, far = shares(signatures, linked)
-        print(f"{prior:20}{len(linked):9}{linked.sum() // 2:8}{near:16.2f}{far:18.2f}", flush=True)
-        assert f"{near:.1f} % of linked" in line and f"{far:.1f} % of unlinked" in line
-        assert min(near, far) >= (99 if len(linked) == 256 or prior == "ring_of_cliques" else 75)
+        line = models.fit_graph_prior(models.build(c, "student"), c)
+        print(f"\n{line}", flush=True)
+        near, far = (float(share) for share in re.findall(r"([\d.]+) % of", line))
+        assert min(near, far) >= (99 if name == "tiny_imagenet_nac" or prior == "ring_of_cliques" else 75)

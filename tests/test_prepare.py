@@ -230,9 +230,9 @@ def cub(lists=CUB):
         Path(f"birds/{name}.txt").write_bytes("\n".join(lines).encode("latin-1"))
 
 
-def test_cub_is_joined_by_image_number_and_linked(monkeypatch):
+def test_cub_is_joined_by_image_number_and_linked():
     cub()
-    run(monkeypatch, "cub", "out", "birds")
+    prepare.cub(Path("out"), Path("birds"))  # a relative folder, and yet the links are absolute
     assert read("out") == [("001.a", 0), ("002.b", 2)]
     assert sorted(read("out", "train") + read("out", "validation")) == [("001.a", 1), ("002.b", 3)]
     links = [path for path in Path("out").glob("*/*/*") if path.is_symlink()]
@@ -242,10 +242,11 @@ def test_cub_is_joined_by_image_number_and_linked(monkeypatch):
 @pytest.mark.parametrize("name, line", [
     ("images", "0"), ("images", "x 001.a/0.png"), ("images", "0 003.c/x.png"), ("images", "\xff"),
     ("image_class_labels", "3 x"), ("image_class_labels", "3"), ("image_class_labels", "3 7"),
-    ("image_class_labels", "3 1"), ("image_class_labels", "3 -1"), ("train_test_split", "0 2"),
+    ("image_class_labels", "3 1"), ("image_class_labels", "3 3\n2 3"), ("image_class_labels", "3 1\n2 1"),
+    ("image_class_labels", "3 -1"), ("train_test_split", "0 2"),
     ("train_test_split", "0 1"), ("train_test_split", ""), ("images", None), ("image_class_labels", None)])
 def test_lists_of_cub_that_do_not_fit_are_refused(monkeypatch, name, line):
-    cub({**CUB, name: [line, *CUB[name][1:]] if line is not None else []})
+    cub({**CUB, name: [*CUB[name][1:], line] if line is not None else []})
     with pytest.raises(UserError, match="not the whole of cub"):
         run(monkeypatch, "cub", "out", "birds")
 

@@ -91,7 +91,8 @@ def drawn(characters="ABCD", train=670):
 
 def write_config(folder, student="vmoe", **changes):
     """Writes the config of a run that lives in `folder` -> the path of the YAML."""
-    config = copy.deepcopy(CONFIG) | {"student": STUDENTS[student], "output_dir": str(folder / "run")} | changes
+    config = copy.deepcopy(CONFIG) | {"output_dir": str(folder / "run"), "student": STUDENTS[student]}
+    config |= changes
     config["data"] = {"root": str(drawn()), **config["data"]}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{student}.yaml"
@@ -321,7 +322,8 @@ def test_every_stage_runs_and_the_run_folder_holds_what_is_promised(done):
 
 def test_a_log_line_a_stage_module_and_epoch_has_the_promised_fields(done):
     lines = [json.loads(line) for line in (done[1] / "log.jsonl").read_text().splitlines()]
-    fields = {"stage", "module", "epoch", "step", "loss", "top1", "val_top1", "lr", "images", "modules", *TIMES}
+    fields = {"stage", "module", "epoch", "step", "loss", "top1", "val_top1", "lr", "images", "modules",
+              *TIMES}
     assert all(fields <= line.keys() <= fields | {"expert_load", "linked"} for line in lines)
     wholes = ("baseline", "baseline_kd", "meta", "student", "teacher")
     expected = [(s, s, e) for s in wholes for e in (1, 2)]
@@ -386,11 +388,11 @@ def test_options_that_change_no_shape_are_compared_wherever_a_file_is_read(done,
     for target in ("teacher", "student"):
         words = [sys.executable, "tools/convert.py", "--config", other, f"{target}={folder / target}.pt"]
         assert (converted := shell(*words)).returncode == 0, converted
-    for role, word in [("teacher", "teacher.heads=4"), ("teacher", "teacher.eps=0.1"), ("student", "student.heads=4"),
-                       ("student", "student.top_k=1"), ("student", "student.eps=0.1")]:
+    for word in "teacher.heads=4", "teacher.eps=0.1", "student.heads=4", "student.top_k=1", "student.eps=0.1":
+        role, key = word.partition("=")[0].split(".")
         for config, made in ((path, folder), (other, tmp_path / "run")):
             text = one_sentence(run("evaluate", config, f"role={role}", word, expect=2))
-            assert f"{word.split('=')[0]} was " in text and str(made / f"{role}.pt") in text, text
+            assert f"{role}.{key} was " in text and str(made / f"{role}.pt") in text, text
     # Training keys are not looked at in what was brought in.
     assert "skipped" in run("finetune", other, "role=teacher", "train.teacher.epochs=5", "seed=5")
 
@@ -475,7 +477,8 @@ def test_what_a_stage_prints_fits_a_hundred_columns(tmp_path, modules):
 
 
 def plan(path, *words, goals=("student", "baseline")):
-    return [name for _, _, name in models.stages(models.load_config(path, ["precision=float32", *words]), goals)]
+    config = models.load_config(path, ["precision=float32", *words])
+    return [name for _, _, name in models.stages(config, goals)]
 
 
 def test_what_is_to_be_made_is_found_by_walking_back_from_the_goals(tmp_path):
@@ -538,20 +541,20 @@ def test_another_set_of_as_many_classes_is_another_setting_wherever_it_is(tmp_pa
     path = write_config(tmp_path, data={**CONFIG["data"], "robustness": []})
     cats, cars, more = (f"data.root={place}" for place in sets.values())
     run("finetune", path, "role=meta", cats)
-    run("finetune", path, "role=baseline", cats, before=die(models, "learning_rate", 6), expect=-signal.SIGKILL)
+    kill = die(models, "learning_rate", 6)
+    run("finetune", path, "role=baseline", cats, before=kill, expect=-signal.SIGKILL)
     unfinished = (tmp_path / "run/baseline.unfinished.pt").read_bytes()
-    for script, role, name, word, key in [
-            ("finetune", "meta", "meta.pt", cars, "class_names"), ("finetune", "meta", "meta.pt", more, "checksum"),
-            ("finetune", "baseline", "baseline.unfinished.pt", more, "checksum"),
-            ("finetune", "baseline", "baseline.unfinished.pt", cars, "class_names"),
-            ("evaluate", "meta", "meta.pt", cars, "class_names"), ("evaluate", "meta", "meta.pt", more, "checksum")]:
-        text = one_sentence(run(script, path, f"role={role}", word, expect=2))
-        assert f"data.{key} was " in text and f"{tmp_path / 'run' / name} was" in text, text
-        assert f"{word} is another set" in text
+    for script, role, name in [("finetune", "meta", "meta.pt"), ("evaluate", "meta", "meta.pt"),
+                               ("finetune", "baseline", "baseline.unfinished.pt")]:
+        for root, key in (cars, "data.class_names"), (more, "data.checksum"):
+            text = one_sentence(run(script, path, f"role={role}", root, expect=2))
+            assert re.search(rf"{key} was .* when {tmp_path}/run/{name} was made, now it is ", text), text
+            assert f"{root} is another set" in text
     assert (tmp_path / "run/baseline.unfinished.pt").read_bytes() == unfinished
     # A shared run of another set is passed over.
-    text = run("finetune", path, "role=meta", cars, f"output_dir={tmp_path / 'cars run'}", f"share={tmp_path / 'run'}")
-    assert "skipped" not in text and not torch.equal(*(weights(tmp_path / f / "meta.pt") for f in ("run", "cars run")))
+    words = [f"output_dir={tmp_path / 'cars run'}", f"share={tmp_path / 'run'}"]
+    assert "skipped" not in run("finetune", path, "role=meta", cars, *words)
+    assert not torch.equal(weights(tmp_path / "run/meta.pt"), weights(tmp_path / "cars run/meta.pt"))
     # The same set at another place is the same set.
     moved = tmp_path / ("moved" if kind == "folder" else "moved.npz")
     shutil.copytree(sets["cats"], moved) if kind == "folder" else shutil.copy(sets["cats"], moved)
@@ -563,7 +566,8 @@ def test_another_set_of_as_many_classes_is_another_setting_wherever_it_is(tmp_pa
 
 
 @pytest.mark.parametrize("done, role, words", [
-    ("vmoe", "teacher", []), ("nac", "student", []), ("nac", "student", ["distill.codes=original", "distill.alpha=0"]),
+    ("vmoe", "teacher", []), ("nac", "student", []),
+    ("nac", "student", ["distill.codes=original", "distill.alpha=0"]),
 ], indirect=["done"])
 def test_all_modules_in_one_pass_are_the_modules_trained_one_by_one(done, tmp_path, role, words):
     path, folder = beside(done, tmp_path, "distill_module", role)
@@ -645,21 +649,21 @@ def test_half_the_batch_in_two_processes_or_two_steps_is_the_whole_batch(done, t
             assert all(a[key] == b[key] for key in ("top1", "val_top1", "step", "images"))
 
 
-def test_processes_that_round_differently_train_the_same_weights(tmp_path):
-    def rounds_differently(rank):
+def test_processes_that_begin_differently_train_the_same_weights(tmp_path):
+    """As on processors that round differently when they draw."""
+    def another_start(rank):
         build = models.build
 
-        def other(config, role):
-            model = build(config, role)
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.mul_(1 + 1e-3 * rank)
+        def other(*args):
+            model = build(*args)
+            for p in model.parameters():
+                p.data.mul_(1 + 1e-3 * rank)
             return model
         models.build = other
 
-    for name, before in (("a", None), ("b", rounds_differently)):
-        path = write_config(tmp_path / name)
-        run_processes(2, "finetune", path, "role=baseline", "train.student.batch=4", before=before)
+    for name, before in (("a", None), ("b", another_start)):
+        words = "role=baseline", "train.student.batch=4"
+        run_processes(2, "finetune", write_config(tmp_path / name), *words, before=before)
     same_run(tmp_path / "a/run", tmp_path / "b/run", "finetune", "baseline")
 
 
@@ -717,46 +721,36 @@ def test_a_run_killed_at_nine_places_ends_as_the_unbroken_run(done, tmp_path, sc
 
 
 @vmoe_only
-@pytest.mark.parametrize("script, role, results", [("distill_module", "student", 1), ("distill_module", "student", 3),
-                                                   ("finetune", "student", 1)])
-def test_a_kill_among_the_last_files_costs_no_training_and_leaves_no_checkpoint(
-        done, tmp_path, script, role, results):
-    path, folder = beside(done, tmp_path, script, role)
+def test_a_kill_between_two_module_files_costs_no_training_and_leaves_no_checkpoint(done, tmp_path):
+    path, folder = beside(done, tmp_path, "distill_module", "student")
 
     def kill():
         remove_checkpoints()
-        die(models, "save_finished", results, after=True)()
+        die(models, "save_finished", 1, after=True)()
 
-    *files, checkpoint = files_of(script, role)
-    run(script, path, before=kill, expect=-signal.SIGKILL)
-    assert [(folder / file).exists() for file in files] == [i < results for i in range(len(files))]
-    text = run(script, path, before=remove_checkpoints)
-    assert ("resumed at step 8" in text) == (results < len(files)) and " 1/2 " not in text, text
-    same_bits(folder, done[1], files)
-    assert log(folder) == log(done[1], stage_of(script, role))
-    assert not (folder / checkpoint).exists() and not list(folder.rglob("*.lock"))
+    run("distill_module", path, before=kill, expect=-signal.SIGKILL)
+    assert sorted(file.name for file in folder.glob("student_modules/*.pt")) == ["0.pt", "unfinished.pt"]
+    text = run("distill_module", path, before=remove_checkpoints)
+    assert "resumed at step 8" in text and " 2/2 " not in text, text
+    same_bits(folder, done[1], files_of("distill_module", "student")[:3])
+    assert log(folder) == log(done[1], "distill")
+    assert sorted(file.name for file in folder.glob("student_modules/*")) == ["0.pt", "1.pt", "2.pt"]
 
 
 @every_case
 def test_a_signal_saves_at_once_and_the_resumed_run_is_the_unbroken_one(done, tmp_path, script, role):
     path, folder = beside(done, tmp_path, script, role)
-    # Within an epoch, at its end, within the next; from a scheduler, from Ctrl-C, from a closed terminal.
-    for call, step, signum in ((2, 2, signal.SIGTERM), (2, 4, signal.SIGINT), (3, 7, signal.SIGHUP)):
-        text = run(script, path, f"role={role}", before=die(models, "learning_rate", call, signum), expect=143)
+    hybrids = {"finetune": 0, "distill_module": 2 if role == "student" else 1}[script]  # validated at the start
+    for owner, name, call, signum, step in [
+            (models, "learning_rate", 2, signal.SIGTERM, 2),  # within an epoch, from a scheduler
+            (data, "eval_batches", hybrids + 1, signal.SIGINT, 4),  # in validation, Ctrl-C
+            (models, "learning_rate", 3, signal.SIGHUP, 7),  # within the next epoch, a closed terminal
+            (models, "learning_rate", 1, signal.SIGTERM, 8)]:  # in the last step of an epoch
+        text = run(script, path, f"role={role}", before=die(owner, name, call, signum), expect=143)
         assert text.endswith(f"saved at step {step}; the same command goes on from there.\n"), text
         assert torch.load(folder / files_of(script, role)[-1], weights_only=True)["number"] == step
-    assert "resumed at step 7" in run(script, path, f"role={role}")
+    assert "resumed at step 8" in run(script, path, f"role={role}")
     same_run(folder, done[1], script, role, within_epoch=True)
-
-
-@vmoe_only
-@pytest.mark.parametrize("script, role, call", [("finetune", "student", 1), ("distill_module", "student", 3)])
-def test_a_signal_during_validation_leaves_right_after_it(done, tmp_path, script, role, call):
-    path, folder = beside(done, tmp_path, script, role)
-    sigterm = die(data, "eval_batches", call, signal.SIGTERM)
-    assert "saved at step 4" in run(script, path, f"role={role}", before=sigterm, expect=143)
-    assert "resumed at step 4" in run(script, path, f"role={role}")
-    same_run(folder, done[1], script, role)
 
 
 @vmoe_only
@@ -885,26 +879,6 @@ def test_a_file_system_without_locks_trains_with_a_note(tmp_path):
 # ---------- What cannot be written
 
 
-def test_weights_that_are_not_finite_are_never_a_result(tmp_path):
-    """The last update can overflow after the last loss was fine."""
-    path = write_config(tmp_path)
-
-    def overflow():
-        step = models.Stage.step
-
-        def last(stage):
-            step(stage)
-            if stage.number == 8:
-                next(stage.modules["meta"].parameters()).data.fill_(torch.inf)
-        models.Stage.step = last
-
-    text = run("finetune", path, "role=meta", before=overflow, expect=2)
-    assert "cls_token" in one_sentence(text) and "not finite" in text, text
-    assert not (tmp_path / "run/meta.pt").exists()
-    good = torch.load(tmp_path / "run/meta.unfinished.pt", weights_only=True)
-    assert good["number"] == 4 and all(v.isfinite().all() for v in good["modules"]["meta"].values())
-
-
 def no_room(name):
     """-> a function for `before`: the file of this name cannot be written."""
     def patch(rank=0):
@@ -977,23 +951,12 @@ def test_a_run_folder_that_vanishes_is_one_sentence_and_is_not_made_again(done, 
     assert not folder.exists()
 
 
-@vmoe_only
-def test_a_file_of_the_run_that_is_a_folder_is_one_sentence(done, tmp_path):
-    path, folder = beside(done, tmp_path, "finetune", "student")
-    for script, name in (("finetune", "config.yaml"), ("evaluate", "results.json"), ("finetune", "log.jsonl"),
-                         ("finetune", "student.pt")):
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).mkdir()
-        role = "meta" if script == "evaluate" else "student"
-        assert name in one_sentence(run(script, path, f"role={role}", expect=2))
-        (folder / name).rmdir()
-
-
 # ---------- Several processes
 
 
 @pytest.mark.parametrize("script, role", [("finetune", "meta"), ("distill_module", "teacher")])
-def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_the_step(tmp_path, script, role):
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_and_the_last_good_checkpoint_stays(
+        tmp_path, script, role):
     path = write_config(tmp_path)
     if script == "distill_module":
         run("finetune", path, "role=meta")
@@ -1001,45 +964,54 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_the_step(tmp_pa
     def poison(rank):
         batches = data.train_batches
         if rank == 1:
-            data.train_batches = lambda *args: ((x * torch.nan, targets) for x, targets in batches(*args))
+            data.train_batches = lambda images, config, stage, epoch, *rest: (
+                (x * (torch.nan if epoch else 1), targets)
+                for x, targets in batches(images, config, stage, epoch, *rest))
 
     for text in run_processes(2, script, path, f"role={role}", before=poison, expect=2, seconds=30):
-        assert re.search(r"\w+: the loss of \w+ is not finite at step 2", one_sentence(text)), text
-    assert not any((tmp_path / "run" / name).exists() for name in files_of(script, role))
+        assert re.search(r"\w+: the loss of \w+ is not finite at step 4", one_sentence(text)), text
+    *files, checkpoint = (tmp_path / "run" / name for name in files_of(script, role))
+    assert not any(file.exists() for file in files)
+    good = torch.load(checkpoint, weights_only=True)
+    assert good["number"] == 2
+    assert all(v.isfinite().all() for module in good["modules"].values() for v in module.values())
 
 
-def hang(rank):
-    """The second process stops within its second step."""
-    data.PATIENCE = datetime.timedelta(seconds=3)
-    rate, calls = models.learning_rate, []
-    models.learning_rate = lambda *args: (
-        calls.append(1), time.sleep(50 * (len(calls) == 2 and rank == 1)), rate(*args))[-1]
+def test_a_data_loader_worker_that_dies_is_one_sentence(tmp_path):
+    def kill_a_worker():
+        step = models.Stage.step
+
+        def killing(stage):
+            step(stage)
+            if stage.number == 3:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(0.5)
+        models.Stage.step = killing
+
+    words = ["role=meta", "data.randaugment=9", "data.workers=2", "data.train_images=670"]
+    text = run("finetune", write_config(tmp_path), *words, before=kill_a_worker, expect=2)
+    assert "data.workers" in one_sentence(text), text
 
 
-def test_a_hung_process_ends_the_others_after_the_stated_patience(tmp_path):
+@pytest.mark.parametrize("patience, signals, codes", [(3, 0, [99]), (60, 2, [143, -signal.SIGTERM])])
+def test_a_hung_process_ends_the_others_after_the_stated_patience_or_at_a_second_signal(
+        tmp_path, patience, signals, codes):
     assert data.PATIENCE == datetime.timedelta(minutes=30)  # as the README says
+
+    def hang(rank):
+        data.PATIENCE = datetime.timedelta(seconds=patience)
+        rate, calls = models.learning_rate, []
+        models.learning_rate = lambda *args: (
+            calls.append(1), time.sleep(50 * (len(calls) == 2 and rank == 1)), rate(*args))[-1]
+
     waiting, hung = start_processes(2, "finetune", write_config(tmp_path), "role=meta", before=hang)
-    began = time.time()
-    code, text = end(waiting, seconds=30)
-    os.kill(hung[0], signal.SIGKILL)
-    end(hung)
-    assert code == 99 and "Timed out" in text and time.time() - began < 25, (code, text)
-
-
-def test_a_second_signal_ends_a_wait_for_a_hung_process_at_once(tmp_path):
-    def patient(rank):
-        hang(rank)
-        data.PATIENCE = datetime.timedelta(minutes=30)
-
-    waiting, hung = start_processes(2, "finetune", write_config(tmp_path), "role=meta", before=patient)
-    time.sleep(6)  # it has begun to wait
-    for _ in range(2):
+    for _ in range(signals):
+        time.sleep(4)  # the second step has begun
         os.kill(waiting[0], signal.SIGTERM)
-        time.sleep(1)
-    code, text = end(waiting, seconds=10)
+    code, text = end(waiting, seconds=25)
     os.kill(hung[0], signal.SIGKILL)
     end(hung)
-    assert code in (143, -signal.SIGTERM), (code, text)
+    assert code in codes and ("Timed out" in text) == (not signals), (code, text)
 
 
 def test_an_error_in_one_process_leaves_none_hanging(tmp_path):
@@ -1086,25 +1058,28 @@ def stopped(line, signal_to, seconds=90, env=()):
             os.killpg(job.pid, signal.SIGKILL)
 
 
-def test_a_command_stopped_by_sigterm_goes_on_when_it_is_started_again(tmp_path):
-    """The whole group gets the signal, as from a scheduler: data-loader workers too."""
-    path, words = write_config(tmp_path / "broken run"), ["train.meta.epochs=30", "data.randaugment=9"]
-    line = [sys.executable, "finetune.py", "--config", path, "--role", "meta", *words, "data.workers=2"]
-    text, code = stopped(line, os.killpg)
-    assert code == 143 and "stopped: saved at step" in text, text
-    again = shell(*line)
-    assert again.returncode == 0 and "resumed at step" in again.stdout, again
-    run("finetune", write_config(tmp_path / "unbroken"), "role=meta", *words, "data.workers=0")
-    broken, unbroken = (tmp_path / name / "run" for name in ("broken run", "unbroken"))
-    assert torch.equal(weights(broken / "meta.pt"), weights(unbroken / "meta.pt"))
-    assert not list(broken.glob("meta.*.*"))  # nothing unfinished is left
-
-
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
 def torchrun(processes, *words, options=()):
     return shell(*TORCHRUN, f"--nproc_per_node={processes}", *options, *words)
+
+
+@pytest.mark.parametrize("launch, epochs", [
+    ([sys.executable], 30), pytest.param([*TORCHRUN, "--nproc_per_node=2"], 300, marks=pytest.mark.slow)])
+def test_a_command_stopped_by_sigterm_goes_on_when_it_is_started_again(tmp_path, launch, epochs):
+    """Without torchrun the whole group gets the signal, as from a scheduler: data-loader workers too."""
+    words = [f"train.meta.epochs={epochs}", "data.randaugment=9", "data.workers=2"]
+    lines = {name: [*launch, "finetune.py", "--config", write_config(tmp_path / name), "role=meta", *words]
+             for name in ("broken run", "unbroken")}
+    text, code = stopped(lines["broken run"], os.killpg if launch == [sys.executable] else os.kill)
+    assert code and "stopped: saved at step" in text, text
+    for name, line in lines.items():
+        again = shell(*line)
+        assert again.returncode == 0 and ("resumed at step" in again.stdout) == (name == "broken run"), again
+    broken, unbroken = (tmp_path / name / "run" for name in lines)
+    assert torch.equal(weights(broken / "meta.pt"), weights(unbroken / "meta.pt"))
+    assert not list(broken.glob("meta.*.*"))  # nothing unfinished is left
 
 
 def test_torchrun_trains_all_modules(tmp_path):
@@ -1115,58 +1090,31 @@ def test_torchrun_trains_all_modules(tmp_path):
     assert len(log(tmp_path / "run", "distill")) == 6
 
 
-def two_machines(line, processes=1):
-    """Runs a line of bash twice, as on two machines, LAUNCH being torchrun for these -> the outputs."""
+@pytest.mark.slow
+def test_two_machines_run_the_whole_method_as_one_with_as_many_processes(tmp_path):
+    """Two torchruns that meet, of two processes each, against one of four."""
+    paths = {name: write_config(tmp_path / name, "nac", few_shot={}) for name in ("one", "two")}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = (f"torchrun --nnodes=2 --nproc_per_node={processes} --rdzv_backend=c10d "
-              f"--rdzv_endpoint=localhost:{port}")
-    agents = [subprocess.Popen(["bash", "-c", line], cwd=ROOT, env={**ENV, "LAUNCH": launch}, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-              for _ in range(2)]
-    try:
-        texts = [agent.communicate(timeout=400)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGKILL)
-    assert [agent.returncode for agent in agents] == [0, 0], texts
-    return texts
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_two_torchrun_agents_train_what_one_with_as_many_processes_does(tmp_path, processes):
-    one, two = (write_config(tmp_path / name, "nac") for name in ("one", "two"))
-    for script, words in (("finetune", ["role=meta"]), ("distill_module", ["distill.alpha=0"])):
-        text = torchrun(2 * processes, f"{script}.py", "--config", one, *words)
-        assert text.returncode == 0, text
-        texts = two_machines(f"$LAUNCH {script}.py --config {two} {' '.join(words)}", processes)
-        assert sum("parameters" in text for text in texts) == 1, texts  # one of all processes is the first
-    same_run(tmp_path / "one/run", tmp_path / "two/run", "finetune", "meta")
-    same_run(tmp_path / "one/run", tmp_path / "two/run", "distill_module", "student")
-
-
-@pytest.mark.slow
-def test_run_sh_on_two_machines_runs_the_whole_method(tmp_path):
-    path = write_config(tmp_path, "nac")
-    two_machines(f"bash run.sh {path}")
-    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
-    assert len(lines) == len(log(tmp_path / "run")) == 2 * (3 + 3 + 4)  # no epoch is written by both
-    assert {r["images"] for r in json.loads((tmp_path / "run/results.json").read_text())} == {29}
-
-
-@pytest.mark.slow
-def test_torchrun_stopped_by_sigterm_goes_on_when_it_is_started_again(tmp_path):
-    path = write_config(tmp_path)
-    line = [*TORCHRUN, "--nproc_per_node=2", "finetune.py", "--config", path, "role=meta",
-            "train.meta.epochs=300"]
-    text, code = stopped(line, os.kill)
-    assert code and "stopped: saved at step" in text, text
-    again = shell(*line)
-    assert again.returncode == 0 and "resumed at step" in again.stdout, again
-    assert (tmp_path / "run/meta.pt").exists()
+        meet = f"--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:{probe.getsockname()[1]}"
+    for name, launch in ("one", "--standalone --nproc_per_node=4"), ("two", f"{meet} --nproc_per_node=2"):
+        line = ["bash", "run.sh", paths[name], "train.*.batch=4", "train.*.accumulate=1"]
+        agents = [subprocess.Popen(line, cwd=ROOT, env={**ENV, "LAUNCH": f"torchrun {launch}"}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                  for _ in range(1 + (name == "two"))]
+        try:
+            texts = [agent.communicate(timeout=400)[0] for agent in agents]
+        finally:
+            for agent in agents:
+                if agent.poll() is None:
+                    os.killpg(agent.pid, signal.SIGKILL)
+        assert not any(agent.returncode for agent in agents), texts
+    one, two = (tmp_path / name / "run" for name in paths)
+    for script, role in PIPELINE[:8]:
+        same_bits(one, two, [file for file in files_of(script, role) if "unfinished" not in file])
+    lines = (two / "log.jsonl").read_text().splitlines()
+    assert log(one) == log(two) and len(lines) == 2 * (3 + 3 + 4)  # no epoch is written by both
+    assert {r["images"] for r in json.loads((two / "results.json").read_text())} == {29}
 
 
 @pytest.mark.slow

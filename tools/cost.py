@@ -37,7 +37,7 @@ def main():
         return
     to_do, done = plan(config, [goal] if goal else ["student", "baseline"], words.list)
     if not words.list:
-        return print_table(config, [*done, *(name for _, _, name in to_do)], done)
+        return print_table(config, to_do, done)
     if done:
         print(f"finished already: {', '.join(done)}", file=sys.stderr)
     lines = [f"{script} role={role}" for script, role, _ in to_do]
@@ -48,21 +48,31 @@ def main():
 
 
 def plan(config, goals, strict):
-    """-> what has to run, [(script, role, name)], and the names of the stages before it that are finished.
+    """-> what has to run, [(script, role, name)], and the names of the finished stages that it builds on.
 
     Raises UserError where the run would. Sets that are not here are an error only if `strict`.
     """
-    names = dict.fromkeys(name for goal in goals for name in stages_before(config, goal))
-    root, few = config["data"]["root"], config["few_shot"]["root"]
+    few = config["few_shot"]["root"]
     if few and (strict or os.path.exists(few)):
         few_shot.few_shot_set(config)
-    if not strict and not os.path.exists(root):
-        return [(*models.STAGES[name][:2], name) for name in names], []
-    models.check_inputs(config)
-    to_do = models.stages(config, goals)
-    others = [name for name in names if (*models.STAGES[name][:2], name) not in to_do]
-    return to_do, [name for name in others
-                   if all(models.finished(config, name, file) for file in models.files(config, name))]
+    if strict or os.path.exists(config["data"]["root"]):
+        models.check_inputs(config)
+        to_do = models.stages(config, goals)
+    else:  # only of imported files is it known that they fit
+        given = [name for name in models.STAGES
+                 if all(models.imported_from(config, file) for file in models.files(config, name))]
+        names = {name for goal in goals for name in stages_before(config, goal, given)} - {*given}
+        to_do = [(*models.STAGES[name][:2], name) for name in models.STAGES if name in names]
+    names = [name for _, _, name in to_do]
+    with torch.device("meta"):
+        for _, role, name in to_do:
+            try:
+                models.build(config, role)
+            except data.UserError as e:
+                raise data.UserError(f"{name} cannot be made: {e} If its result or that of a later stage comes "
+                                     "from elsewhere, import it first with tools/convert.py.") from None
+    wanted = {*goals, *(parent for name in names for parent in models.parents(config, name))}
+    return to_do, [name for name in models.STAGES if name in wanted and name not in names]
 
 
 def stages_before(config, name, stop=()):
@@ -73,12 +83,14 @@ def stages_before(config, name, stop=()):
     return list(dict.fromkeys([*names, name]))
 
 
-def print_table(config, names, done):
-    """Prints what each stage trains and takes, and the sum over those that are not done."""
+def print_table(config, to_do, done):
+    """Prints what each stage trains and takes, and the sum over all that are still to be made."""
     world, sums = int(os.environ.get("WORLD_SIZE", 1)), [0.0, 0.0]
     print("stage     parameters     images epochs     steps batch  learning rate     state GiB       TMAC"
           "   GPU hours")
-    for name in [name for name in names if not name.startswith("assemble")]:
+    for name in done:
+        print(f"{name:16}  finished")
+    for name in [name for script, _, name in to_do if script != "assemble.py"]:
         s, images = models.schedule(config, name), images_of(config, name)
         parameters, state, macs = cost(config, name)
         batch = s["batch"] * world * s["accumulate"]
@@ -86,11 +98,10 @@ def print_table(config, names, done):
         steps = data.steps_per_epoch(images, s["batch"], world, s["accumulate"], s["block"]) * s["epochs"]
         tmac = macs * steps * world * s["accumulate"] / 1e12
         hours = 2 * tmac / 150 / 3600
-        if name not in done:
-            sums = [sums[0] + tmac, sums[1] + hours]
+        sums = [sums[0] + tmac, sums[1] + hours]
         print(f"{name:9}{parameters:12,}{images:11,}{s['epochs']:7}{steps:10,}{batch:6}  "
               f"{s['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}{short(tmac):>11}"
-              f"{short(hours, 0.01):>12}{'  finished' if name in done else ''}")
+              f"{short(hours, 0.01):>12}")
     print(f"to do{short(sums[0]):>84}{short(sums[1], 0.01):>12}")
     print("images: of an epoch; batch: of all processes and one step; state: weights, gradients and AdamW's\n"
           "moments of a process in float32, and activations come on top; TMAC: 10^12 multiply-adds of all\n"
@@ -98,10 +109,10 @@ def print_table(config, names, done):
 
 
 def short(number, least=0.0):
-    """Three digits, and all digits before the point."""
+    """Three digits, of thousands all digits before the point."""
     if 0 < number < least:
         return f"< {least}"
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+    return f"{number:,.0f}" if 1000 <= number < 1e6 else f"{number:.3g}"
 
 
 def images_of(config, name):
@@ -130,16 +141,20 @@ def cost(config, name, only=()):
     alone = name == role  # a whole model, not modules in the meta model
     s, size = models.schedule(config, name), config["data"]["image_size"]
     with torch.device("meta"):
-        whole, meta, teacher = (models.build(config, one) for one in (role, "meta", "teacher"))
+        whole = models.build(config, role)
+        meta = None if alone else models.build(config, "meta")
+        teacher = models.build(config, "teacher") if s["alpha"] else None
+        frozen = [model for model in (meta, teacher) if model]
         modules = [whole] if alone else models.cut(whole, config, role)
         parameters = sum(map(models.parameters, modules))
-        frozen = models.parameters(meta) * (not alone) + models.parameters(teacher) * (s["alpha"] > 0)
-        for block in [block for model in (whole, meta, teacher) for block in getattr(model, "blocks", ())]:
+        # In float32; a weight that learns has a gradient and two moments beside it.
+        state = 16 * parameters + 4 * sum(map(models.parameters, frozen))
+        for block in [block for model in (whole, *frozen) for block in getattr(model, "blocks", ())]:
             # Without weights a mixture cannot route tokens: a dense MLP of as much work takes its place.
             if hasattr(block, "moe"):
                 _, hidden, width = block.moe.fc1_weight.shape
                 block.moe = models.Mlp(width, hidden * block.moe.top_k)
-        for model in (meta, teacher):
+        for model in frozen:
             model.requires_grad_(False)
         x, places = torch.zeros(s["batch"], 3, size, size), only or range(len(modules))
         formulas = {torch.ops.aten.convolution_backward: convolution_backward}
@@ -147,14 +162,13 @@ def cost(config, name, only=()):
             # What runs forward only: M, once for all modules, and the teacher.
             with torch.no_grad():
                 hidden = [x] if alone else meta.hidden_states(x)
-                for i in places if s["alpha"] else ():
+                for i in places if teacher else ():
                     teacher(x) if alone else meta.rest(i + 1, teacher.parts[i](hidden[i]))
             # Through the rest of M pass gradients of states, but none of its weights is computed.
             for i in places:
                 out = modules[i](hidden[i])
                 (out if alone else meta.rest(i + 1, out)).sum().backward()
-    # In float32; a weight that learns has a gradient and two moments beside it.
-    return parameters, 16 * parameters + 4 * frozen, counter.get_total_flops() / 2
+    return parameters, state, counter.get_total_flops() / 2
 
 
 def convolution_backward(out, x, weight, *rest, out_shape):

@@ -176,7 +176,7 @@ def cost(runs):
     for number, ((x, _), (y, std), role, name) in enumerate(points, 1):
         what, color = LOOKS[role]
         what += f", {name.removeprefix(runs[0].name).strip('-')}" * (name != runs[0].name)
-        label = f"{number}  {what}: {y:.1f}{f' ± {std:.1f}' if std else ''} %, {x:.2g} TMAC"
+        label = f"{number}  {what}: {y:.1f}{f' ± {std:.1f}' if std else ''} %, {x:.3g} TMAC"
         axis.errorbar(x, y, std, fmt="o", color=color, capsize=2, label=label)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.draw_without_rendering()  # computes the layout, and with it where on the page points are
