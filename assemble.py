@@ -32,7 +32,7 @@ def main():
 def assemble(config, role, process):
     name, file = f"assemble_{role}", f"{role}_assembled.pt"
     if models.finished(config, name, file):
-        return models.announce(process, f"{name}: finished; skipped")
+        return models.skip(config, process, name)
     models.begin(config, process)
     whole = models.build(config, role)
     # Inside the meta model nothing has signatures, so no module's file holds any: they are fitted now.

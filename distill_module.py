@@ -51,7 +51,7 @@ def main():
     files = {i: file for i, file in enumerate(models.files(config, name))
              if i in wanted and not models.finished(config, name, file)}
     if not files:
-        return models.announce(process, f"{name}: finished; skipped")
+        return models.skip(config, process, name, args.module)
     train, validation = data.load(config, "train", name), data.load(config, "validation")
 
     # The meta model never changes, nor does the teacher. Evaluation mode: no noise but the module's own.

@@ -26,7 +26,7 @@ def main():
     options = {key: d[key] for key in ("tau", "kind", "reduction")}
     process = data.setup(config["device"])
     if models.finished(config, role, f"{role}.pt"):
-        return models.announce(process, f"{role}: finished; skipped")
+        return models.skip(config, process, role)
     # A baseline has the student's images, epochs and recipe (the block train.student), but not its α.
     train, validation = data.load(config, "train", c["block"]), data.load(config, "validation")
 

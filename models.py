@@ -1806,11 +1806,11 @@ class Stage:
         announce(process, f"{self.title}: {several}{sum(map(parameters, modules.values())):,} parameters, "
                  f"{c['epochs']} epochs of {self.steps} steps of {self.total_batch} images{resumed}")
 
-    def on_signal(self, number, _):
-        """Asks the loop to save and leave at its next check. The second signal ends any wait at once."""
-        if self.stopping:
-            sys.exit(128 + number)
+    def on_signal(self, *_):
+        """Asks the loop to save and leave at its next check. A second signal ends the process at once."""
         self.stopping = True
+        for number in data.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     def resume(self):
         """Loads what a run that was cut off had reached -> its step. Raises UserError on other settings."""
@@ -1966,6 +1966,13 @@ class Stage:
             self.lock.close()
         for number in data.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+
+
+def skip(config, process, name, only=None):
+    """Says that a stage is finished. The checkpoint goes, if a kill has left it behind."""
+    if process.rank == 0:
+        checkpoint_path(config, name, only).unlink(missing_ok=True)
+    announce(process, f"{TITLES.get(name, name)}: finished; skipped")
 
 
 def checkpoint_path(config, name, only=None):

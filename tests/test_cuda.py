@@ -12,13 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools import prepare
+
 ROOT = Path(__file__).parent.parent
-SHORT = ["data.train_images=256", "data.validation_images=32", "train.*.epochs=1", "train.*.batch=16"]
+SHORT = ["data.train_images=0", "data.validation_images=null", "data.test_images=0", "train.*.epochs=1",
+         "train.*.batch=16"]
 # What no demo uses, so that it is seen too.
 MORE = ["train.*.drop_path=0.1", "data.mixup=0.5", "data.cutmix=0.5", "data.smoothing=0.1",
         "data.erasing=0.5"]
 NAC = [*MORE, "train.student.regularizer=0.1"]
 VMOE = [*MORE, "student.balance=0.01", "student.capacity=1.5"]
+
+
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory):
+    """The demo's set, with few images -> its .npz."""
+    path = tmp_path_factory.mktemp("cuda") / "glyphs.npz"
+    prepare.glyphs(path, train=256, validation=32, test=32)
+    return path
 
 
 def stages(config, world, *words, root=ROOT):
@@ -39,6 +50,6 @@ def stages(config, world, *words, root=ROOT):
                  marks=pytest.mark.slow),
     pytest.param("demo_vmoe", 1, ["precision=float32"], marks=pytest.mark.slow),
 ])
-def test_no_stage_mixes_devices_or_waits_for_the_gpu(config, world, words):
+def test_no_stage_mixes_devices_or_waits_for_the_gpu(glyphs, config, world, words):
     # 14 commands, of which two assemble and the others train
-    assert stages(config, world, *words) == (14, set())
+    assert stages(config, world, f"data.root={glyphs}", *words) == (14, set())

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import models
-from conftest import GPU
+from conftest import GPU, ROOT
 from test_runs import PIPELINE, STUDENTS, shell, stopped, weights, write_config
 
 pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -108,7 +108,7 @@ def test_every_key_says_in_words_what_it_allows():
 
 # A key of former versions, and where the nearest one is.
 GONE = {"data.set=glyphs": "data.", "target.set=cub": "", "target.root=x": "", "meta.arch=vit_tiny": "meta.",
-        "teacher.depth=12": "teacher.depths", "meta.checkpoint=m.pt": "meta.", "teacher.start=t.pth": "teacher.",
+        "teacher.depth=12": "teacher.depths", "meta.checkpoint=m.pt": "meta.", "teacher.start=t": "teacher.",
         "teacher.checkpoint=t.pt": "teacher.", "student.start=s.pt": "student.",
         "student.modules=folder": "student.", "few_shot.set=cub": "few_shot."}
 
@@ -124,9 +124,8 @@ def test_a_key_that_is_gone_is_refused_by_name_with_the_nearest(here, word):
 
 
 def test_models_that_do_not_fit_the_image_are_named():
-    for role, word, size in (("meta", "meta.patch=5", 5), ("student", "data.image_size=20", 8)):
-        with pytest.raises(UserError, match=f"data.image_size=.* is not a multiple of .*{size}.*{role}|"
-                                            f"data.image_size=.* is not a multiple of {role}.* {size}"):
+    for role, word in (("meta", "meta.patch=5"), ("student", "data.image_size=20")):
+        with pytest.raises(UserError, match=f"data.image_size=.* is not a multiple of .*{role}"):
             models.build(models.load_config("c.yaml", [word]), role)
 
 

@@ -636,45 +636,13 @@ def test_half_the_batch_in_two_processes_or_two_steps_is_the_whole_batch(done, t
         lines.append(log(folder, stage))
         for name in [*files_of(script, role), "log.jsonl"]:
             (folder / name).unlink()
-    if script == "finetune":
-        start = models.build(models.load_config(path), role)
-        if role == "student":
-            models.load_weights(start, folder / "student_assembled.pt")
-        start = torch.cat([v.flatten() for v in start.state_dict().values()])
-        assert (result[0] - start).norm() > 0.01 * start.norm()  # it learned something
+    first, second = (line["loss"] for line in lines[0][:2])
+    assert second != pytest.approx(first, rel=1e-3)  # it learned something
     for other, line in zip(result[1:], lines[1:]):
         assert (other - result[0]).norm() < 1e-5 * result[0].norm()
         for a, b in zip(line, lines[0], strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
             assert all(a[key] == b[key] for key in ("top1", "val_top1", "step", "images"))
-
-
-def test_processes_that_begin_differently_train_the_same_weights(tmp_path):
-    """As on processors that round differently when they draw."""
-    def another_start(rank):
-        build = models.build
-
-        def other(*args):
-            model = build(*args)
-            for p in model.parameters():
-                p.data.mul_(1 + 1e-3 * rank)
-            return model
-        models.build = other
-
-    for name, before in (("a", None), ("b", another_start)):
-        words = "role=baseline", "train.student.batch=4"
-        run_processes(2, "finetune", write_config(tmp_path / name), *words, before=before)
-    same_run(tmp_path / "a/run", tmp_path / "b/run", "finetune", "baseline")
-
-
-def test_same_seed_twice_gives_the_same_bits_with_workers_and_another_seed_does_not(tmp_path):
-    words = ["role=baseline", "data.resized_crop=[0.5, 1]", "data.randaugment=9", "data.erasing=0.5",
-             "data.repeats=2"]
-    result = []
-    for name, *more in (("a", "data.workers=0"), ("b", "data.workers=2"), ("c", "data.workers=0", "seed=4")):
-        run("finetune", write_config(tmp_path / name), *words, *more)
-        result.append(weights(tmp_path / name / "run" / "baseline.pt"))
-    assert torch.equal(result[0], result[1]) and not torch.equal(result[0], result[2])
 
 
 # ---------- Kills
@@ -740,10 +708,10 @@ def test_a_kill_between_two_module_files_costs_no_training_and_leaves_no_checkpo
 @every_case
 def test_a_signal_saves_at_once_and_the_resumed_run_is_the_unbroken_one(done, tmp_path, script, role):
     path, folder = beside(done, tmp_path, script, role)
-    hybrids = {"finetune": 0, "distill_module": 2 if role == "student" else 1}[script]  # validated at the start
+    before = {"finetune": 0, "distill_module": 2 if role == "student" else 1}[script]  # hybrids
     for owner, name, call, signum, step in [
             (models, "learning_rate", 2, signal.SIGTERM, 2),  # within an epoch, from a scheduler
-            (data, "eval_batches", hybrids + 1, signal.SIGINT, 4),  # in validation, Ctrl-C
+            (data, "eval_batches", before + 1, signal.SIGINT, 4),  # in validation, Ctrl-C
             (models, "learning_rate", 3, signal.SIGHUP, 7),  # within the next epoch, a closed terminal
             (models, "learning_rate", 1, signal.SIGTERM, 8)]:  # in the last step of an epoch
         text = run(script, path, f"role={role}", before=die(owner, name, call, signum), expect=143)
@@ -1093,7 +1061,7 @@ def test_torchrun_trains_all_modules(tmp_path):
 @pytest.mark.slow
 def test_two_machines_run_the_whole_method_as_one_with_as_many_processes(tmp_path):
     """Two torchruns that meet, of two processes each, against one of four."""
-    paths = {name: write_config(tmp_path / name, "nac", few_shot={}) for name in ("one", "two")}
+    paths = {name: write_config(tmp_path / name, "nac") for name in ("one", "two")}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meet = f"--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:{probe.getsockname()[1]}"

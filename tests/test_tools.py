@@ -1,13 +1,14 @@
-"""Promises of tools/report.py, tools/cost.py, tools/few_shot.py and tools/upcycle.py; nothing is trained.
+"""Promises of the tools that train nothing.
 
-Report: one run is an aligned table, a verdict and report.md; several are Markdown, a row a name and role, mean ±
-sample standard deviation over seeds. What cannot be used is left out with a reason, and runs that differ in
-more than their seed are never averaged. Costs are those of the logs, of shared runs too.
-Cost: nothing is allocated, no data is needed, multiply-adds are those computed by hand.
-Few-shot: support and query are disjoint, only a linear classifier is trained, and episodes depend on the seed.
+report.py: one run is an aligned table, a verdict and report.md; several are Markdown, a row a name and role,
+mean ± sample standard deviation over seeds. What cannot be used is left out with a reason, and runs that differ
+in more than their seed are never averaged. Costs are those of the logs, of shared runs too.
+cost.py: nothing is allocated, no data is needed, multiply-adds are those computed by hand.
+few_shot.py: support and query share no image, only a linear classifier learns, a seed has its episodes.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 import cost
 import data
+import evaluate
 import few_shot
 import models
 import report
@@ -144,7 +146,7 @@ def edit(path, old, new):
     ([], lambda run: (run / "results.json").unlink(), "holds no results: run evaluate.py first"),
     ([], lambda run: edit(run / "config.yaml", "root:", "set: glyphs\n  root:"), "data.set is not a key"),
     ([], lambda run: (run / "config.yaml").unlink(), "is not a run's folder"),
-    ([], lambda run: (run / "student.pt").unlink(), "data.checksum is None here")])
+    ([], lambda run: (run / "student.pt").unlink(), "holds no finished model")])
 def test_a_run_that_cannot_be_used_is_left_out_and_the_others_are_reported(
         home, reported, call, monkeypatch, overrides, spoil, reason):
     monkeypatch.chdir(home)
@@ -169,12 +171,26 @@ def test_runs_of_one_name_may_differ_in_what_was_imported_with_their_seed(home, 
 
 
 def test_nothing_to_report_is_an_error(home, call):
-    with pytest.raises(data.UserError, match="nowhere is not a run's folder"):
-        call(report, home / "nowhere")
-    with pytest.raises(data.UserError, match="None of these folders"):
-        call(report, home / "nowhere", home / "neither")
-    with pytest.raises(data.UserError, match="Name the folders"):
-        call(report)
+    for folders, error in (["nowhere"], "nowhere is not a run's"), (["a", "b"], "None of"), ([], "Name the"):
+        with pytest.raises(data.UserError, match=error):
+            call(report, *folders)
+
+
+def test_a_result_replaces_the_older_one_and_two_evaluations_at_once_lose_none(tmp_path):
+    def keep(role, *values):
+        for value in values:
+            for name in "abcde":
+                result = {"role": role, "set": name, "top1": value, "images": 100}
+                evaluate.keep(tmp_path / "results.json", result)
+
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=keep, args=(role, 1.0, 2.0)) for role in ("meta", "student")]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    kept = {(r["role"], r["set"]): r["top1"] for r in evaluate.read_results(tmp_path / "results.json")}
+    assert len(kept) == 10 and set(kept.values()) == {2.0}
 
 
 def costs(reported, folder, role="student"):
@@ -207,13 +223,13 @@ def test_costs_are_a_models_own_and_those_of_all_before(home, reported):
     assert (own, every, seconds) == ("16", "16", "10") and verdict.count("its log is not there") == 4
 
 
-@pytest.mark.parametrize("imported, own, every", [("assemble_student", "32", "32"), ("distill", "32", "32"),
-                                                  ("teacher", "112", "122"), ("student", "–", "–")])
-def test_what_made_imported_weights_is_not_counted(home, reported, imported, own, every):
-    made = [] if imported == "student" else ["student"]
-    run = write_run(home / "a", {"student": {"test": 80.0}}, EPOCHS, made=made, imported=[imported])
-    assert costs(reported, run)[::3] == (own, f"not counted: {imported} (imported)")
-    assert costs(reported, run)[1] == every
+def test_what_made_imported_weights_is_not_counted(home, reported):
+    for name, own, every in (("assemble_student", "32", "32"), ("distill", "32", "32"), ("teacher", "112", "122"),
+                             ("student", "–", "–")):
+        made = [] if name == "student" else ["student"]
+        run = write_run(home / name, {"student": {"test": 80.0}}, EPOCHS, made=made, imported=[name])
+        counted = costs(reported, run)
+        assert counted[:2] == (own, every) and counted[3] == f"not counted: {name} (imported)"
 
 
 def test_multiply_adds_of_a_line_are_those_of_its_pass(home, call):
@@ -258,14 +274,10 @@ def test_one_run_is_an_aligned_table_and_a_verdict_and_report_md_has_all_columns
     row = cells((folder / "report.md").read_text().splitlines(), "student")
     assert list(row) == ["model", "seeds", "test %", r"a\|b %", columns[3], "more %", *columns[4:], "own s"]
     assert row["more %"] == "4.0"
-
-
-@pytest.mark.parametrize("override, words", [
-    ("train.baseline_epochs=7", "the same model end to end for 7 epochs instead of 2 10.0 % (+70.0)"),
-    ("assemble.stitches=fold", "the same model without stitches end to end for the same epochs"),
-    ("train.student.alpha=0.5", "the same model end to end, with labels alone, for the same epochs")])
-def test_the_verdict_says_what_differs(home, reported, override, words):
-    assert words in reported(write_run(home / "a", BOTH, EPOCHS, override))[-1]
+    for override, words in (("train.baseline_epochs=7", "for 7 epochs instead of 2 10.0 % (+70.0)"),
+                            ("assemble.stitches=fold", "the same model without stitches end to end for the same"),
+                            ("train.student.alpha=0.5", "end to end, with labels alone, for the same epochs")):
+        assert words in reported(write_run(home / override, BOTH, EPOCHS, override))[-1]
 
 
 # ---------- Cost: the demos' ViTs by hand
@@ -300,46 +312,42 @@ def trained(forward):
     return 3 * forward
 
 
-@pytest.mark.parametrize("kind, name", [("nac", "student"), ("vmoe", "meta"), ("vmoe", "baseline")])
-def test_parameters_and_their_state_are_counted(demo, kind, name):
-    config = demo(kind=kind)
-    parameters, state, _ = cost.cost(config, name)
-    # weight, gradient and two moments in float32
-    assert parameters == models.parameters(models.build(config, name)) and state == 16 * parameters
-
-
-def test_modules_count_the_frozen_models_as_weights_alone(demo):
+def test_parameters_and_their_state_are_counted(demo):
+    for kind, name in (("nac", "student"), ("vmoe", "meta"), ("vmoe", "baseline")):
+        parameters, state, _ = cost.cost(demo(kind=kind), name)
+        assert parameters == models.parameters(models.build(demo(kind=kind), name))
+        assert state == 16 * parameters  # weight, gradient and two moments in float32
+    # Of frozen models there are weights alone.
     config = demo(kind="vmoe")
     meta, teacher = (models.parameters(models.build(config, role)) for role in ("meta", "teacher"))
-    parameters, state, _ = cost.cost(config, "distill")
     modules = models.cut(models.build(config, "student"), config, "student")
+    parameters, state, _ = cost.cost(config, "distill")
     assert parameters == sum(map(models.parameters, modules))
     assert state == 16 * parameters + 4 * (meta + teacher)
     assert cost.cost(demo("distill.alpha=0", kind="vmoe"), "distill")[1] == state - 4 * teacher
+    # Nothing is allocated.
+    parameters, state, _ = cost.cost(demo("meta.width=65536", "teacher.width=65536"), "meta")
+    assert parameters > 2e10 and state > 300 * 2**30
 
 
-def test_a_whole_models_multiply_adds_are_those_computed_by_hand(work):
-    # Nobody asks for the gradient of the images.
-    assert work("meta") == trained(STEM + 3 * BLOCK + HEAD) - STEM
-
-
-def test_a_frozen_suffix_has_no_gradients_of_weights(work):
+def test_multiply_adds_are_those_computed_by_hand(work):
     def frozen(blocks):
         # A linear layer costs 2 times its forward; attention has no weights, both of its inputs are states.
         return 2 * (blocks * LINEAR + HEAD) + 3 * blocks * ATTENTION
+
+    # Nobody asks for the gradient of the images.
+    assert work("meta") == trained(STEM + 3 * BLOCK + HEAD) - STEM
     prefix = STEM + 2 * BLOCK  # h_1 and h_2, once for all three modules
     modules = (trained(STEM + 2 * BLOCK) - STEM + frozen(2),  # the teacher's modules have two blocks each
                trained(2 * BLOCK) + frozen(1), trained(2 * BLOCK + HEAD))
     assert work("incubate") == prefix + sum(modules)
-
-
-def test_a_teacher_costs_its_forward(work):
+    # A teacher costs its forward.
     whole = STEM + 6 * BLOCK + HEAD
     hybrids = (STEM + 2 * BLOCK) + (2 * BLOCK + HEAD) + (2 * BLOCK) + (2 * BLOCK + HEAD) + (BLOCK + HEAD)
-    for name, word, costs in (("distill", "distill.alpha=0", hybrids), ("baseline_kd", "distill.alpha=0", whole),
-                              ("student", "train.student.alpha=0", whole)):
-        more = work(name, "train.student.alpha=0.5", kind="vmoe")
-        assert more - work(name, "train.student.alpha=0.5", word, kind="vmoe") == costs
+    for name, key, forward in (("distill", "distill", hybrids), ("baseline_kd", "distill", whole),
+                               ("student", "train.student", whole)):
+        with_teacher, alone = (work(name, f"{key}.alpha={alpha}", kind="vmoe") for alpha in (0.5, 0))
+        assert with_teacher - alone == forward
 
 
 def test_what_depends_on_codes_and_signatures_alone_is_computed_once_a_batch(work):
@@ -371,7 +379,7 @@ def rows_of(call, monkeypatch):
     monkeypatch.setattr(cost, "cost", lambda *_: (1234, 2**29, 1e10))
 
     def rows_of(*words):
-        lines = [re.split(r"  +", line.replace("  finished", "")) for line in call(cost, *words).splitlines()]
+        lines = [re.split("  +", line) for line in call(cost, *words).splitlines()]
         return {line[0]: line[1:] for line in lines if len(line) > 1}
     return rows_of
 
@@ -387,14 +395,13 @@ def test_the_table_needs_no_data_and_counts_processes(tmp_path, demo, rows_of, m
     assert rows["to do"][0] == f"{7.8 * 4 + 4.68 * 2:.3g}"
     # Three processes drop more of the 5,000 images: 16 steps of 300 are 48 batches of 100, not 50.
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert rows_of(*words, "train.meta.batch=100")["meta"][3:8] == ["160", "300", "0.019 → 1e-05", "0.50", "4.8"]
+    meta = rows_of(*words, "train.meta.batch=100")["meta"]
+    assert meta[3:8] == ["160", "300", "0.019 → 1e-05", "0.50", "4.8"]
     with pytest.raises(data.UserError, match="5000 training images"):
         rows_of(*words, "train.meta.batch=5000")
-
-
-def test_a_set_that_is_not_here_has_its_known_size(tmp_path, demo, rows_of):
-    demo()
-    words = ["--config", tmp_path / "demo.yaml", "data.train_images=0", "train.meta.images=[0,99900]"]
+    # Known sets have their size.
+    monkeypatch.delenv("WORLD_SIZE")
+    words += ["data.train_images=0", "train.meta.images=[0,99900]"]
     for root, images in (("data/imagenet", 1280167), ("x/Tiny-ImageNet-200", 99000)):
         rows = rows_of(*words, f"data.root={root}")
         assert (rows["student"][1], rows["meta"][1]) == (f"{images:,}", f"{min(images, 99900):,}")
@@ -402,26 +409,24 @@ def test_a_set_that_is_not_here_has_its_known_size(tmp_path, demo, rows_of):
         rows_of(*words, "data.root=elsewhere")
 
 
-def test_a_model_that_fits_no_memory_is_counted(demo):
-    parameters, state, _ = cost.cost(demo("meta.width=65536", "teacher.width=65536"), "meta")
-    assert parameters > 2e10 and state > 300 * 2**30
-
-
-def test_finished_stages_are_marked_and_not_to_do(home, rows_of, call):
+def test_finished_stages_are_marked_and_not_to_do(home, rows_of):
     words = ["--config", home / "c.yaml", "train.*.batch=8"]
     before = rows_of(*words)
-    models.save_finished(models.load_config(home / "c.yaml", words[2:]), "teacher", "teacher.pt", {})
+    config = models.load_config(home / "c.yaml", words[2:])
+    models.save_finished(config, "teacher", "teacher.pt", {})
     rows = rows_of(*words)
-    assert before.keys() - rows.keys() == {"incubate"}
-    assert [line.split()[0] for line in call(cost, *words).splitlines() if line.endswith("finished")] == ["teacher"]
+    assert rows["teacher"] == ["finished"] and before.keys() - rows.keys() == {"incubate"}
     # 4 steps, 10 epochs and 10¹⁰ multiply-adds
     assert float(before["to do"][0]) - float(rows["to do"][0]) == pytest.approx(2 * 0.4)
-    with pytest.raises(data.UserError, match="share=nowhere"):
-        rows_of(*words, "share=nowhere")
+    # Without the data it is known that imported weights fit, and nothing else.
+    models.save_finished(config, "assemble_student", "student_assembled.pt", {}, imported="x.pt")
+    (home / "set.npz").unlink()
+    rows = rows_of(*words, "data.train_images=40")
+    assert list(rows) == ["stage", "assemble_student", "student", "baseline", "to do"]
 
 
 def test_the_list_is_what_run_sh_runs(home, call, monkeypatch):
-    words = ["--config", home / "c.yaml", "--list", "output_dir=" + str(home / "a run")]
+    words = ["--config", home / "c.yaml", "--list", f"output_dir={home / 'a run'}", "train.*.batch=8"]
     made = [f"{script}.py role={role}" for role, scripts in (
         ("meta", ["finetune"]), ("teacher", ["distill_module", "assemble", "finetune"]),
         ("student", ["distill_module", "assemble", "finetune"]), ("baseline", ["finetune"]))
@@ -442,7 +447,9 @@ def test_the_list_is_what_run_sh_runs(home, call, monkeypatch):
     words += ["few_shot.root=" + str(home / "set.npz"), "few_shot.ways=4", "few_shot.shots=[1,2]"]
     assert call(cost, *words).splitlines()[-2:] == ["tools/few_shot.py role=all", last[-1]]
     for word, error in (("few_shot.shots=[1,3]", "3 in few_shot.shots"), ("share=no", "share=no"),
-                        ("few_shot.root=no", "few_shot.root='no'"), ("data.root=no", "data.root='no' is not")):
+                        ("few_shot.root=no", "few_shot.root='no'"), ("data.root=no", "data.root='no' is not"),
+                        ("train.meta.batch=64", "train.meta.batch=64"), ("student.tokenizer_stages=3", "stride"),
+                        ("meta.patch=7", "meta cannot be made: .*import it first")):
         with pytest.raises(data.UserError, match=error):
             call(cost, *words, word)
 
@@ -490,10 +497,7 @@ def test_the_probe_learns_what_the_support_tells_and_nothing_else():
     assert not few_shot.linear_probe(moved, near(7), 3)[..., 0].any()
     chance = few_shot.linear_probe(torch.randn(200, 8, 32), torch.randn(200, 24, 32), 8)
     assert chance.float().mean((0, 1)).tolist() == pytest.approx([1 / 8, 5 / 8], abs=0.03)
-
-
-def test_every_episode_is_its_own():
-    torch.manual_seed(0)
+    # Every episode is its own.
     support, query = torch.randn(4, 6, 16), torch.randn(4, 9, 16)
     together = few_shot.linear_probe(support, query, 3)
     for one, (s, q) in zip(together, zip(support, query)):

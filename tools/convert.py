@@ -50,7 +50,10 @@ HINTS = {"ls1.": "LayerScale is not supported", "reg_token": "registers are not 
 def main():
     if len(sys.argv) == 1:
         return print(__doc__)
-    config, words = models.command_line(__doc__, (), **{target: {"metavar": "PATH"} for target in TARGETS})
+    options = {target: {"metavar": "PATH"} for target in TARGETS}
+    options["fresh"] = {"default": "", "help": "tensors whose names begin so stay as initialized: a,b"}
+    config, words = models.command_line(__doc__, (), **options)
+    more = tuple(filter(None, words.fresh.split(",")))
     chosen = {target: models.expand_home(path) for target, path in vars(words).items()
               if target in TARGETS and path}
     if not chosen:
@@ -58,7 +61,9 @@ def main():
     process = data.setup("cpu")
     if process.rank == 0:
         # Everything is read and fitted before anything is written.
-        results = [result for target, path in chosen.items() for result in convert(config, target, path)]
+        results = []
+        for target, path in chosen.items():
+            results += convert(config, target, path, more)
         models.begin(config, process)
         for name, file, state, class_names, imported, fresh in results:
             models.save_finished(config, name, file, state, class_names, imported=imported)
@@ -67,7 +72,7 @@ def main():
                   f"fresh: {', '.join(fresh) or 'none'}")
 
 
-def convert(config, target, path):
+def convert(config, target, path, more=()):
     """Reads what one option names -> [(stage, file, state dict, class names, imported, fresh tensors), …]."""
     role, name = TARGETS[target]
     files, whole = models.files(config, name), models.build(config, role)
@@ -77,20 +82,23 @@ def convert(config, target, path):
             raise UserError(f"{there} was made by training: remove it or choose another output_dir.")
     if target.endswith("modules"):
         parts = zip(models.cut(whole, config, role), module_files(path, len(files)), files)
-        return [(name, file, *fit(part, source, config, target)) for part, source, file in parts]
+        return [(name, file, *fit(part, source, config, target, more)) for part, source, file in parts]
     if role == "student" or not Path(path).is_dir():
-        return [(name, files[0], *fit(whole, path, config, target))]
+        return [(name, files[0], *fit(whole, path, config, target, more))]
     # A folder becomes one file. The parts share the whole model's parameters; the last has the classifier.
     sources = module_files(path, len(whole.parts))
-    done = [fit(part, source, config, target) for part, source in zip(whole.parts, sources)]
+    done = [fit(part, source, config, target, more) for part, source in zip(whole.parts, sources)]
     _, class_names, _, fresh = done[-1]
     checksum = zlib.crc32(repr([imported for _, _, imported, _ in done]).encode())
     imported = f"{Path(path).resolve().name} {checksum:08x}"
     return [(name, files[0], whole.state_dict(), class_names, imported, fresh)]
 
 
-def fit(model, path, config, target):
-    """Loads a file into a model or module -> its state dict, class names, imported, fresh tensors' names."""
+def fit(model, path, config, target, more=()):
+    """Loads a file into a model or module -> its state dict, class names, imported, fresh tensors' names.
+
+    `more`: beginnings of names that stay fresh besides.
+    """
     state, content, imported = read_weights(path)
     theirs = check_options(content, path, config, TARGETS[target][0])
     state, own = translate(state, model), model.state_dict()
@@ -113,6 +121,7 @@ def fit(model, path, config, target):
     differ = [name for name in own if name in state and state[name].shape != own[name].shape]
     fresh = [name for name in differ if plain[name].startswith(CLASSIFIER + GRID) and target not in FINAL]
     fresh += [name for name in head if others and name not in fresh]
+    fresh += [name for name in own if more and plain[name].startswith(more) and name not in fresh]
     state |= {name: own[name] for name in fresh}
     try:
         models.load_state(model, state, path)

@@ -35,6 +35,9 @@ def main():
         raise data.UserError(f"GOAL={goal} is not one of the stages {', '.join(models.STAGES)}.")
     if int(os.environ.get("RANK", 0)):
         return
+    few = config["few_shot"]["root"]
+    if few and (os.path.exists(few) or words.list and not goal):
+        few_shot.few_shot_set(config)
     to_do, done = plan(config, [goal] if goal else ["student", "baseline"], words.list)
     if not words.list:
         return print_table(config, to_do, done)
@@ -42,8 +45,10 @@ def main():
         print(f"finished already: {', '.join(done)}", file=sys.stderr)
     lines = [f"{script} role={role}" for script, role, _ in to_do]
     if not goal:
-        few_shot_too = ["tools/few_shot.py role=all"] if config["few_shot"]["root"] else []
-        lines += ["evaluate.py role=all", *few_shot_too, f"tools/report.py {config['output_dir']}"]
+        lines.append("evaluate.py role=all")
+        if few:
+            lines.append("tools/few_shot.py role=all")
+        lines.append(f"tools/report.py {config['output_dir']}")
     print(*lines, sep="\n")
 
 
@@ -52,9 +57,6 @@ def plan(config, goals, strict):
 
     Raises UserError where the run would. Sets that are not here are an error only if `strict`.
     """
-    few = config["few_shot"]["root"]
-    if few and (strict or os.path.exists(few)):
-        few_shot.few_shot_set(config)
     if strict or os.path.exists(config["data"]["root"]):
         models.check_inputs(config)
         to_do = models.stages(config, goals)
@@ -64,13 +66,16 @@ def plan(config, goals, strict):
         names = {name for goal in goals for name in stages_before(config, goal, given)} - {*given}
         to_do = [(*models.STAGES[name][:2], name) for name in models.STAGES if name in names]
     names = [name for _, _, name in to_do]
-    with torch.device("meta"):
-        for _, role, name in to_do:
-            try:
+    for script, role, name in to_do:
+        if script != "assemble.py":
+            s = models.schedule(config, name)
+            data.steps_per_epoch(images_of(config, name), s["batch"], 1, s["accumulate"], s["block"])
+        try:
+            with torch.device("meta"):
                 models.build(config, role)
-            except data.UserError as e:
-                raise data.UserError(f"{name} cannot be made: {e} If its result or that of a later stage comes "
-                                     "from elsewhere, import it first with tools/convert.py.") from None
+        except data.UserError as e:
+            raise data.UserError(f"{name} cannot be made: {e} If its result, or that of a later stage, comes "
+                                 "from elsewhere, import it first with tools/convert.py.") from None
     wanted = {*goals, *(parent for name in names for parent in models.parents(config, name))}
     return to_do, [name for name in models.STAGES if name in wanted and name not in names]
 

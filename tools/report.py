@@ -12,6 +12,7 @@ stages that train the model itself (own) and of all that it needs. own s: second
 import functools
 import json
 import re
+import reprlib
 import statistics
 import sys
 from pathlib import Path
@@ -122,13 +123,17 @@ class Run:
         if self.config["seed"] == other.config["seed"]:
             raise UserError(f"{other.folder} is named {self.name} and has seed {self.config['seed']}, too; "
                             "rename one of them.")
-        for key in ["data.checksum", *other.known, *self.known]:
+        for run in (other, self):
+            if "data.checksum" not in run.settings:
+                raise UserError(f"{run.folder} holds no finished model that says what data and settings it was "
+                                f"made with, so no mean over the runs named {self.name} can be taken.")
+        for key in [*other.known, *self.known]:
             old, new = (run.settings.get(key) for run in (other, self))
             if key.endswith(".pt"):  # imported: of each seed another file, but of all seeds or none
                 old, new = old is not None, new is not None
-            if old != new and key != "seed" or key == "data.checksum" and old is None:
-                raise UserError(f"{key} is {new} here and {old} in {other.folder}, which is also named "
-                                f"{self.name}; rename one of them.")
+            if old != new and key != "seed":
+                raise UserError(f"{key} is {reprlib.repr(new)} here and {reprlib.repr(old)} in {other.folder}, "
+                                f"which is named {self.name}, too; rename one of them.")
 
     def count_costs(self):
         """Sums up the logs of all stages that each model needs; what is imported or lost is not counted."""

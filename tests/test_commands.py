@@ -1,0 +1,434 @@
+"""Promise: bad input ends in exit code 2 and one sentence that names key or file, value and remedy.
+
+No traceback, ever: no mutation of a checkpoint's bytes gives one, and nothing in a file is executed. A command
+works from any folder, and run.sh runs what is to be done.
+"""
+
+import importlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import models
+from conftest import ROOT
+
+CONFIG = """
+device: cpu
+data: {image_size: 16, train_images: 32, test_images: 16, workers: 0, root: "%s"}
+meta: {patch: 8, width: 16, heads: 2, depths: [1, 1, 1]}
+teacher: {patch: 8, width: 16, heads: 2, depths: [1, 1, 1]}
+student: {kind: nac, width: 16, heads: 2, head_width: 8, latents: [4, 16, 2], propagators: 1}
+train:
+  meta: {epochs: 1, batch: 16}
+  incubate: {epochs: 1, batch: 16}
+"""
+STAGES = ["finetune", "distill_module", "assemble", "evaluate"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, glyphs):
+    """An empty folder with c.yaml, where commands run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(CONFIG % glyphs)
+    return tmp_path
+
+
+def command(script, *words, config="c.yaml"):
+    """Runs a script's main() here -> its exit code. A traceback fails the test by itself."""
+    argv, sys.argv = sys.argv, [f"{script}.py", *(["--config", config] if config else []), *words]
+    try:
+        models.run(importlib.import_module(script.replace("/", ".")).main)
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+        for number in data.SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+    return 0
+
+
+def one_sentence(error):
+    """The error of a command, which is one line; argparse shows the usage before its own."""
+    if error.startswith("usage: "):
+        error = error[error.index("error: "):]
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.fixture
+def refused(here, capsys):
+    """A command must end with code 2 and one sentence that holds each of the names."""
+    def refused(names, script, *words, **more):
+        capsys.readouterr()
+        assert command(script, *words, **more) == 2
+        error = one_sentence(capsys.readouterr().err)
+        assert all(name in error for name in ([names] if isinstance(names, str) else names)), error
+    return refused
+
+
+BAD_WORDS = [  # script, words, what the sentence must name
+    ("distill_module", "module=one", ["module", "one"]), ("distill_module", "module=", "module"),
+    ("distill_module", "role=meta", "meta"), ("assemble", "role=baseline", "baseline"),
+    ("assemble", "module=1", "module"), ("finetune", "role=tutor", ["tutor", "teacher"]),
+    ("distill_module", "seed=0", "meta.pt is not there yet"), ("assemble", "seed=0", "0.pt is not there yet"),
+    ("finetune", "seed=0", "student_assembled.pt is not there yet"), ("evaluate", "role=pupil", "pupil"),
+    ("evaluate", "seed=0", "student.pt is not there yet"), ("evaluate", "image=none.png", "student.pt"),
+    ("evaluate", "checkpoint=none.pt", "checkpoint is not a key"), ("evaluate", "--report", "--report"),
+    ("finetune", "--dry-run", "--dry-run"), ("finetune", "meta.hedas=2", "meta.heads"),
+    ("finetune", "device=cuda", "device=cuda"), ("finetune", "device=mps", "device=mps"),
+    ("finetune", "role=meta share=nowhere", "share=nowhere"), ("finetune", "role=meta data.root=no", "'no'"),
+    ("finetune", "role=meta train.meta.batch=64", ["train.meta.batch=64", "32"]),
+    ("finetune", "role=meta train.meta.accumulate=3", ["accumulate=3", "32"]),
+    ("finetune", "role=meta train.meta.images=[0,33]", ["train.meta.images=[0, 33]", "32"]),
+    ("finetune", "role=meta train.meta.images=[5,5]", "train.meta.images"),
+    ("finetune", "role=meta data.train_images=97", ["data.train_images=97", "96"]),
+    ("finetune", "role=meta data.classes=9", "data.classes=9"), ("finetune", "output_dir=/proc/no role=meta", "/proc"),
+    ("finetune", "role=meta output_dir=c.yaml/run", "c.yaml"), ("finetune", "role=meta meta.patch=5", "image_size=16"),
+    ("finetune", "role=meta data.robustness=[nowhere]", "data.robustness='nowhere'"),
+]
+
+
+@pytest.mark.parametrize("script, words, names", BAD_WORDS)
+def test_a_bad_word_or_a_stage_too_early_is_one_sentence(refused, here, script, words, names):
+    refused(names, script, *words.split())
+    assert not list(here.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("script", [*STAGES, "tools/cost", "tools/few_shot"])
+def test_help_shows_commands_and_keys_and_a_config_must_be_named(refused, capsys, script):
+    assert command(script, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"python {script}.py --config" in shown and "train.student.\nclass" in shown and "the area's share" in shown
+    refused("--config", script, config=None)
+    refused("none.yaml", script, config="none.yaml")
+
+
+@pytest.mark.parametrize("module", [3, -1])
+def test_a_module_that_there_is_not_is_one_sentence(refused, here, module):
+    assert command("finetune", "role=meta", "train.meta.epochs=0") == 0
+    refused(["module", str(module)], "distill_module", "role=teacher", f"module={module}")
+    assert not list(here.rglob("*_modules/*.pt"))
+
+
+def test_too_little_memory_is_one_sentence_and_other_errors_are_shown(refused, capsys, monkeypatch):
+    monkeypatch.setattr(models, "build", lambda *_: torch.empty(2**58))
+    refused(["alloc", "TRACEBACK=1"], "finetune", "role=meta")
+    monkeypatch.setenv("TRACEBACK", "1")
+    assert command("finetune", "role=meta") == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setattr(models, "build", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        command("finetune", "role=meta")
+
+
+# ---------- Images
+
+
+def write_folder(root, parts=("train", "val")):
+    for k in range(24):
+        file = root / parts[k % 2] / "ab"[k // 2 % 2] / f"{k}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((16, 16), 50 + k).save(file)
+
+
+@pytest.mark.parametrize("damage, names", [
+    (lambda root: shutil.rmtree(root / "val"), "val"), (lambda root: shutil.rmtree(root / "val/b"), "val"),
+    (lambda root: (root / "val/b").rename(root / "val/c"), "'b'"),
+    (lambda root: (root / "val/b/0.png").symlink_to("none"), "val/b/0.png")])
+def test_a_test_set_that_is_not_all_there_is_noticed_before_anything_trains(refused, here, damage, names):
+    write_folder(here / "set")
+    damage(here / "set")
+    words = ["data.root=set", "data.train_images=0", "data.test_images=0"]
+    refused(names, "finetune", "role=meta", *words, "train.meta.batch=4")
+    refused(names, "tools/cost", *words, "train.*.batch=4")
+    assert not (here / "runs").exists()
+
+
+def test_a_bad_robustness_set_keeps_no_other_from_being_scored(refused, here, capsys):
+    write_folder(here / "set")
+    words = ["role=meta", "data.root=set", "data.train_images=0", "data.test_images=0", "train.meta.epochs=0",
+             "train.meta.batch=4"]
+    assert command("finetune", *words) == 0
+    assert command("evaluate", *words, "data.robustness=[nowhere,set/val]") == 0
+    assert "nowhere is left out: data.robustness" in capsys.readouterr().out
+    assert [r["set"] for r in evaluate.read_results(here / "runs/c/results.json")] == ["test", "set/val"]
+    os.truncate(here / "set/val/a/1.png", 100)
+    refused("set/val/a/1.png is not a readable image", "evaluate", *words)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGBUS])  # out of memory; /dev/shm is full
+def test_a_data_loader_worker_that_dies_is_one_sentence(refused, here, monkeypatch, signum):
+    monkeypatch.setattr(data, "randaugment", lambda *_: os.kill(os.getpid(), signum))
+    refused(["DataLoader worker", "data.workers=0"], "finetune", "role=meta", "data.workers=1", "data.randaugment=9")
+
+
+# ---------- Files of a run
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+@pytest.fixture(scope="module")
+def meta(tmp_path_factory, glyphs):
+    """The bytes of a finished meta model's file."""
+    folder = tmp_path_factory.mktemp("meta")
+    (folder / "c.yaml").write_text(CONFIG % glyphs)
+    words = ["role=meta", f"output_dir={folder}/run", "train.meta.epochs=0"]
+    assert command("finetune", *words, config=str(folder / "c.yaml")) == 0
+    return (folder / "run/meta.pt").read_bytes()
+
+
+def changed(change):
+    """A checkpoint whose content went through change()."""
+    def write(path, good):
+        content = torch.load(io.BytesIO(good), weights_only=True)
+        change(content)
+        torch.save(content, path)
+    return write
+
+
+def weights(**tensors):
+    """A checkpoint with these tensors in place of its own; a _ in a name is a dot."""
+    return changed(lambda c: c["model"].update({k.replace("_", "."): v for k, v in tensors.items()}))
+
+
+def flipped(path, good):
+    tensor = torch.load(io.BytesIO(good), weights_only=True)["model"]["blocks.0.attn.qkv.weight"]
+    place = good.index(tensor.numpy().tobytes()[:64]) + 5
+    path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
+
+
+ONES = torch.ones(16)
+BAD_FILES = {  # what is wrong: (write, what the sentence must name)
+    "empty": (lambda path, good: path.write_bytes(b""), ""), "text": (lambda path, good: path.write_text("a"), ""),
+    "truncated": (lambda path, good: path.write_bytes(good[:len(good) // 2]), ""),
+    "without its last byte": (lambda path, good: path.write_bytes(good[:-1]), ""),
+    "a bit flipped in a tensor": (flipped, "checksum"), "a folder": (lambda path, good: path.mkdir(), ""),
+    "a pickle that runs a command": (lambda path, good: path.write_bytes(pickle.dumps(Trap(), 2)), ""),
+    "torch.save of one": (lambda path, good: torch.save({"model": Trap()}, path), ""),
+    "a whole module": (lambda path, good: torch.save(torch.nn.Linear(2, 2), path), ""),
+    "a number": (lambda path, good: torch.save(3, path), ""), "a list": (lambda path, good: torch.save([], path), ""),
+    "no model": (changed(lambda c: c.pop("model")), "lacks the tensor"), "no settings": (
+        changed(lambda c: c.pop("settings")), "was None"), "no config": (changed(lambda c: c.clear()), "was None"),
+    "settings less": (changed(lambda c: c["settings"].pop("meta.eps")), "meta.eps was None"),
+    "settings more": (changed(lambda c: c["settings"].update(more=1)), "more was 1"),
+    "a tensor missing": (changed(lambda c: c["model"].pop("norm.bias")), "lacks the tensor norm.bias (16,)"),
+    "a tensor too many": (weights(extra=ONES), "has an unexpected tensor extra (16,)"),
+    "a tensor of another shape": (weights(head_bias=ONES), "the tensor head.bias is (16,), the model's (24,)"),
+    "a number for a tensor": (weights(norm_bias=7), ""), "sparse weights": (weights(norm_bias=ONES.to_sparse()), ""),
+    "weights that are not finite": (weights(norm_bias=ONES / 0), "norm.bias is not finite"),
+    "weights without values": (weights(norm_bias=torch.ones(16, device="meta")), ""),
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_a_bad_file_of_a_run_is_one_sentence_and_nothing_in_it_runs(refused, here, meta, what):
+    write, name = BAD_FILES[what]
+    (here / "runs/c").mkdir(parents=True)
+    write(here / "runs/c/meta.pt", meta)
+    refused(["runs/c/meta.pt", name], "distill_module", "role=teacher", "train.meta.epochs=0")
+    assert not (here / "pwned").exists() and not list(here.rglob("?.pt"))
+
+
+def cut_off(here, script, role):
+    """Stops a stage after its first step -> its unfinished file."""
+    with pytest.MonkeyPatch.context() as patch:
+        rate = models.learning_rate
+        patch.setattr(models, "learning_rate", lambda *a: (signal.raise_signal(signal.SIGTERM), rate(*a))[1])
+        assert command(script, f"role={role}") == 143
+    (file,) = here.rglob("*unfinished.pt")
+    return file
+
+
+@pytest.mark.parametrize("script, role", [("finetune", "meta"), ("distill_module", "teacher")])
+def test_a_checkpoint_that_is_not_whole_is_named_and_stays(refused, here, script, role):
+    assert role == "meta" or command("finetune", "role=meta") == 0
+    path = cut_off(here, script, role)
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:len(good) // 2], b"",
+                good[:20000] + bytes(b ^ 1 for b in good[20000:20008]) + good[20008:]):
+        path.write_bytes(bad)
+        refused("unfinished.pt", script, f"role={role}")
+        assert path.read_bytes() == bad and not list(here.rglob(f"{role}.pt" if role == "meta" else "?.pt"))
+
+
+def test_a_refused_job_and_an_evaluation_leave_the_runs_config_alone(refused, here):
+    cut_off(here, "finetune", "meta")
+    before = (here / "runs/c/config.yaml").read_bytes()
+    refused("train.meta.lr was 0.0005", "finetune", "role=meta", "train.meta.lr=0.5")
+    assert command("finetune", "role=meta") == command("evaluate", "role=meta", "data.test_images=7") == 0
+    assert (here / "runs/c/config.yaml").read_bytes() == before
+
+
+def test_results_replace_older_ones_of_the_same_role_set_and_number_of_images(refused, here):
+    path = here / "results.json"
+    for role, images, top1 in (("meta", 9, 1.0), ("student", 9, 2.0), ("meta", 8, 3.0), ("meta", 9, 4.0)):
+        evaluate.keep(path, {"role": role, "set": "test", "top1": top1, "images": images})
+    assert [r["top1"] for r in evaluate.read_results(path)] == [2.0, 3.0, 4.0]
+    jobs = []
+    for role in "ab":  # two evaluations at once lose none
+        if not (pid := os.fork()):
+            for k in range(30):
+                evaluate.keep(path, {"role": role, "set": str(k), "top1": 1.0, "images": 9})
+            os._exit(0)
+        jobs.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in jobs] == [0, 0] and len(json.loads(path.read_text())) == 63
+    assert command("finetune", "role=meta", "train.meta.epochs=0") == 0
+    for text in ("[{", "", "\x00"):
+        (here / "runs/c/results.json").write_text(text)
+        refused("results.json", "evaluate", "role=meta", "train.meta.epochs=0")
+
+
+def same(a, b):
+    """Whether two contents of checkpoints are equal."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+
+COUNTS = [200, pytest.param(2000, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_no_mutation_of_a_files_bytes_gives_a_traceback_or_other_weights(here, meta, count):
+    rng, path, config = random.Random(2), here / "runs/c/meta.pt", models.load_config("c.yaml")
+    path.parent.mkdir(parents=True)
+    model, content, refusals = models.build(config, "meta"), torch.load(io.BytesIO(meta), weights_only=True), 0
+    for k in range(count):
+        a, size = rng.randrange(len(meta)), rng.choice([1, 1, 8, 200])
+        piece = rng.choice([b"", rng.randbytes(size), meta[a:a + size] * 2])
+        path.write_bytes(bad := meta[:a] + piece + meta[a + size * rng.choice([0, 1]):])
+        for call in (lambda: models.finished(config, "meta", "meta.pt"), lambda: models.load_weights(model, path)):
+            try:
+                call()
+            except models.UserError as error:
+                assert "meta.pt" in str(error) and "\n" not in str(error), (k, error)
+                refusals += bad != meta
+            else:
+                assert call is not models.load_weights or same(dict(model.state_dict()), content["model"]), k
+    assert refusals > count / 2
+
+
+def mutate_weights(weights, rng):
+    """Drops a tensor of a state dict, or changes its type or its shape -> its name."""
+    name = rng.choice(list(weights))
+    value = weights[name]
+    weights[name] = rng.choice([
+        value[None], value.flatten(), value.ravel()[:1], torch.cat([value.ravel()] * 2), value.long(), [], None,
+        value.transpose(0, -1), value.to_sparse(), value.ravel()[:0], value.to(torch.complex64), "text", 3, -1.5,
+        {}, {"a": 1}, torch.ones(()), 10**30])
+    if rng.random() < 0.1:
+        del weights[name]
+    return name
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_no_mutation_of_a_files_weights_gives_a_traceback_or_another_model(here, meta, count):
+    rng, refusals, good = random.Random(3), 0, torch.load(io.BytesIO(meta), weights_only=True)["model"]
+    model = models.build(models.load_config("c.yaml"), "meta")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for k in range(count):
+        changed = dict(good)
+        name = mutate_weights(changed, rng)
+        torch.save({"model": changed}, "m.pt")
+        try:
+            models.load_weights(model, "m.pt")
+            assert changed[name].shape == good[name].shape and changed[name].is_floating_point(), (k, name)
+            model.load_state_dict(before)
+        except models.UserError as error:
+            assert "m.pt" in str(error) and "\n" not in str(error), (k, name, error)
+            assert same(before, dict(model.state_dict())), (k, name)  # whole or not at all
+            refusals += 1
+    assert refusals > count / 2
+
+
+# ---------- As a user meets it
+
+
+def shell(*words, env=(), **options):
+    return subprocess.run([str(word) for word in words], env=ENV | dict(env), text=True,
+                          **{"capture_output": True, "timeout": 120, **options})
+
+
+def launcher(folder, text):
+    """What run.sh starts in place of python."""
+    path = folder / "launch er"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return {"LAUNCH": str(path).replace(" ", "\\ ")}
+
+
+def test_a_command_works_from_any_folder_and_in_a_terminal_without_utf_8(here):
+    for script, word in (("finetune", "role=meta"), ("tools/cost", "data.test_images=0")):
+        done = shell(sys.executable, ROOT / f"{script}.py", "--config", "c.yaml", word,
+                     env={"PYTHONIOENCODING": "ascii:strict"})
+        assert done.returncode == 0 and "meta" in done.stdout and not done.stderr.count("Traceback"), done
+    done = shell(sys.executable, ROOT / "finetune.py", "--config", "c.yaml", "meta.hedas=2")
+    assert done.returncode == 2 and "meta.heads" in one_sentence(done.stderr) and not done.stdout
+    assert (here / "runs/c/meta.pt").exists()
+
+
+def test_run_sh_help_shows_the_commands_and_run_sh_alone_is_wrong_use():
+    shown, alone = shell("bash", ROOT / "run.sh", "--help"), shell("bash", ROOT / "run.sh")
+    assert shown.returncode == 0 and "bash run.sh configs/demo_nac.yaml" in shown.stdout and not shown.stderr
+    assert not any(line.startswith(("#", "set ", "[")) for line in shown.stdout.splitlines())
+    assert alone.returncode == 2 and alone.stdout == shown.stdout
+
+
+def test_run_sh_takes_the_callers_config_and_runs_every_stage_in_order(here):
+    """Even where the repository has a config of the same name; paths may be odd."""
+    (here / "configs").mkdir()
+    shutil.copy("c.yaml", "configs/demo_nac.yaml")
+    (here / "launch").write_text('#!/bin/sh\necho "$STAGE$*"\n')
+    (here / "launch").chmod(0o755)
+    for config, output in (("configs/demo_nac.yaml", "runs/demo_nac"), ("c.yaml", "odd #1 é/a run")):
+        words = [f"output_dir={output}"] if config == "c.yaml" else ["seed=5"]
+        done = shell("bash", ROOT / "run.sh", config, *words, env={"LAUNCH": here / "launch"})
+        made = [("finetune", "meta"), ("distill_module", "teacher"), ("assemble", "teacher"), ("finetune", "teacher"),
+                ("distill_module", "student"), ("assemble", "student"), ("finetune", "student"),
+                ("finetune", "baseline"), ("evaluate", "all")]
+        lines = done.stdout.replace(f"{ROOT}/", "").splitlines()
+        assert [line.partition("] ")[2] for line in lines] == [
+            f"{script}.py --config {config} {words[0]} role={role}" for script, role in made], done
+        assert [line[:3] for line in lines] == [f"[{k}/" for k in range(1, 10)]
+        # The launcher has made nothing, so the report has nothing to say.
+        assert done.returncode == 2 and output in one_sentence(done.stderr)
+
+
+def test_run_sh_stops_at_the_first_error_and_a_dry_run_runs_nothing(here):
+    done = shell("bash", ROOT / "run.sh", "c.yaml", "meta.hedas=2")
+    assert done.returncode == 2 and "meta.heads" in one_sentence(done.stderr), done
+    (here / "fail").write_text('#!/bin/sh\necho "$STAGE"; exit 7\n')
+    (here / "fail").chmod(0o755)
+    done = shell("bash", ROOT / "run.sh", "c.yaml", env={"LAUNCH": here / "fail"})
+    assert done.returncode == 7 and done.stdout.count("\n") == 1 and done.stdout.startswith("[1/"), done
+    done = shell("bash", ROOT / "run.sh", "c.yaml", "seed=5", "--dry-run", env={"LAUNCH": here / "fail"})
+    assert done.returncode == 0 and done.stdout.startswith("stage") and not (here / "runs").exists(), done
+
+
+def test_a_signal_to_run_sh_reaches_the_stage_which_saves(here):
+    job = subprocess.Popen(["bash", str(ROOT / "run.sh"), "c.yaml", "train.meta.epochs=1000"], text=True,
+                           stdout=subprocess.PIPE, env=ENV | {"GOAL": "meta"})
+    job.stdout.readline()  # the banner: from here on a signal saves
+    job.terminate()
+    text, _ = job.communicate(timeout=60)
+    assert job.returncode == 143 and "saved at step" in text, text
+    assert (here / "runs/c/meta.unfinished.pt").exists()
