@@ -28,7 +28,9 @@ def main():
     config, args = models.command_line(__doc__, (*ROLES, "all"), image=dict(action="append"))
     process = data.setup(config["device"])
     if args.image:
-        return classify(args.image, models.find(config, f"{args.role}.pt"), process)
+        file = f"{args.role}.pt"
+        found = models.paths(config, file) or [models.needed(config, args.role, file)]
+        return classify(args.image, found[0], process)
     if process.rank == 0 and not Path(config["output_dir"], "config.yaml").exists():
         models.begin(config, process)
     for role, path in trained(config, args.role).items():

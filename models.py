@@ -1631,11 +1631,7 @@ def about_version(path, changed):
 
 def imported_from(config, file):
     """Which weights from elsewhere tools/convert.py made a file of; None for what a stage made."""
-    for folder in folders(config):
-        path = Path(folder, file)
-        if path.exists() and (imported := about(path).get("imported")):
-            return imported
-    return None
+    return next((about(path)["imported"] for path in paths(config, file) if "imported" in about(path)), None)
 
 
 def compare(old, new, path, config):
@@ -1657,39 +1653,32 @@ def folders(config):
     return [config["output_dir"], *([share] if isinstance(share, str) else share)]
 
 
+def paths(config, file):
+    """Where there is a file of this name: in the run's folder, then in those that it shares."""
+    return [path for folder in folders(config) if (path := Path(folder, file)).exists()]
+
+
 def finished(config, name, file, evaluating=False):
     """Path of a stage's finished file, in the run's folder or a shared one; None if it is still to be made.
 
     A file made with other settings is passed over; in the run's folder it is refused. Imported weights must
     only be of the config's model. `evaluating`: what a run was built on may be gone, and precision is free.
     """
-    new = settings(config, name)
-    for folder in folders(config):
-        path = Path(folder, file)
-        if not path.exists():
-            continue
-        made, role = about(path), STAGES[name][1].removesuffix("_kd").replace("baseline", "student")
-        old = made.get("settings", {})
+    for path in paths(config, file):
+        made = about(path)
         if "imported" in made:
-            theirs, ours = (flatten(one[role], f"{role}.") for one in (made["config"], config))
-            compare(theirs, ours, path, config)
-            return path
+            role = STAGES[name][1]
+            old, new = (flatten(one[role], f"{role}.") for one in (made["config"], config))
+        else:
+            old, new = made.get("settings", {}), settings(config, name)
         if evaluating:
-            common = (old.keys() & new.keys()) - {"precision"}
-            old, new = ({key: own[key] for key in new if key in common} for own in (old, new))
+            common = [key for key in new if key in old and key != "precision"]
+            old, new = ({key: known[key] for key in common} for known in (old, new))
         if old and old == new:
             return path
-        if folder == config["output_dir"]:
+        if path == Path(config["output_dir"], file):
             compare(old, new, path, config)
     return None
-
-
-def find(config, file):
-    """Path of a file in the run's folder or a shared one, whatever made it. Raises UserError without."""
-    for folder in folders(config):
-        if Path(folder, file).exists():
-            return Path(folder, file)
-    raise UserError(f"{Path(config['output_dir'], file)} is not there.")
 
 
 def needed(config, name, file):
@@ -1705,7 +1694,7 @@ def check_inputs(config):
     for folder in folders(config)[1:]:
         if not Path(folder).is_dir():
             raise UserError(f"share={folder} is not a run's folder.")
-    for name in ("train", "validation", "test", *config["data"]["robustness"]):
+    for name in ("test", *config["data"]["robustness"]):
         data.load(config, name)
 
 

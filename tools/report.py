@@ -125,15 +125,16 @@ class Run:
                             "rename one of them.")
         for run in (other, self):
             if "data.checksum" not in run.settings:
-                raise UserError(f"{run.folder} holds no finished model that says what data and settings it was "
-                                f"made with, so no mean over the runs named {self.name} can be taken.")
+                raise UserError(f"{run.folder} holds no finished model that says how it was made, so it joins "
+                                f"no mean over runs named {self.name}.")
         for key in [*other.known, *self.known]:
             old, new = (run.settings.get(key) for run in (other, self))
             if key.endswith(".pt"):  # imported: of each seed another file, but of all seeds or none
                 old, new = old is not None, new is not None
             if old != new and key != "seed":
-                raise UserError(f"{key} is {reprlib.repr(new)} here and {reprlib.repr(old)} in {other.folder}, "
-                                f"which is named {self.name}, too; rename one of them.")
+                old, new = reprlib.repr(old), reprlib.repr(new)
+                raise UserError(f"{key} is {new} here and {old} in {other.folder}, which is also named "
+                                f"{self.name}; rename one of them.")
 
     def count_costs(self):
         """Sums up the logs of all stages that each model needs; what is imported or lost is not counted."""
