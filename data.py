@@ -21,6 +21,8 @@ import os
 import random
 import signal
 import sys
+import tempfile
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
@@ -113,6 +115,15 @@ def setup(device="auto"):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, store=store, rank=rank,
                                 world_size=world, device_id=gpu)
     return Setup(torch.device(device), rank, world)
+
+
+def gather(value):
+    """[every process's value, in order]; any value that pickles."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_processes(tensor):
@@ -482,6 +493,8 @@ def class_folders(folder):
     if len(names) < 2:
         raise UserError(f"{folder} holds {len(names)} class folders; sort images into one folder per class, "
                         "and set data.root to the folder above it.")
+    if len({unicodedata.normalize("NFC", name) for name in names}) < len(names):
+        raise UserError(f"{folder} has class folders whose names look alike (Unicode NFC, NFD); join them.")
     if loose := [entry.path for entry in _entries(folder) if entry.name.lower().endswith(SUFFIXES)]:
         raise UserError(f"{loose[0]} is in no class ({len(loose)} such); move it into a class folder.")
     return names
@@ -578,6 +591,9 @@ def _read(imageset, requests, options, view, device):
                         generator=torch.Generator())
     # Workers inherit blocked signals. They go to all processes of a job, and the one that trains needs its
     # workers until it has saved.
+    if loader.num_workers and len(tempfile.gettempdir()) > 70:  # else their sockets' names are cut off
+        raise UserError(f"TMPDIR={tempfile.gettempdir()} is too long a path for data-loader workers: set a "
+                        "shorter one, or data.workers=0.")
     if loader.num_workers and multiprocessing.get_start_method() != "fork":
         multiprocessing.resource_tracker.ensure_running()  # its start would unblock them
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -631,6 +647,9 @@ def center_crop(image, size):
     # Small images that have their size already stay as they are, pixel for pixel.
     if image.size == (size, size) == (short, short):
         return image
+    if max(image.size) > 4 * min(image.size):  # most of a long, thin image would be resized for nothing
+        half, (x, y) = 2 * min(image.size), (side / 2 for side in image.size)
+        image = image.crop((max(0, x - half), max(0, y - half), min(2 * x, x + half), min(2 * y, y + half)))
     # At least `short`: rounding must not leave a side that is smaller than the crop.
     width, height = (max(short, round(side * short / min(image.size))) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2

@@ -1008,8 +1008,11 @@ def cut(model, config, role):
     # Seeded anew, so that stitches do not depend on which modules are trained together.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        parts = model.parts if isinstance(model, ViT) else NAC_MODULES[config["distill"]["codes"]](model)
+        parts = NAC_MODULES[config["distill"]["codes"]](model) if isinstance(model, NAC) else model.parts
         pairs = [new_stitches(model, config) for _ in parts[1:]]
+    if role == "student" and config["assemble"]["stitches"] == "fold":
+        if not all(isinstance(layer, nn.Linear) for pair in pairs for layer in pair):
+            raise UserError("assemble.stitches=fold needs stitches of one nn.Linear each: use drop or keep.")
     pre = [nn.Identity()] + [pair.pre for pair in pairs]
     post = [pair.post for pair in pairs] + [nn.Identity()]
     return [Stitched(*three) for three in zip(parts, pre, post)]
@@ -1116,8 +1119,9 @@ def set_drop_path(model, rate, by_module=False):
     """
     if isinstance(model, NAC):
         set_rates(model.propagators, rate, rate)
-    for part in model.parts if by_module and isinstance(model, ViT) else [model]:
-        set_rates(getattr(part, "blocks", []), 0, rate)
+        return
+    for part in model.parts if by_module else [model]:
+        set_rates(part.blocks, 0, rate)
 
 
 def drop_in_hybrid(meta, teacher, i, rate):
@@ -1270,7 +1274,8 @@ def describe(kind):
         return f"[{', '.join(map(describe, inner))}]"
     if inner:
         return " or ".join(map(describe, inner))
-    names = {int: "int from 0", float: "float from 0", str: "a text", bool: "true or false"}
+    names = {int: "int from 0", float: "float from 0", bool: "true or false",
+             str: "a text of at most 255 printable characters"}
     return names.get(kind, "null")
 
 
@@ -1722,6 +1727,9 @@ def begin(config, process):
         path = Path(config["output_dir"], "config.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
+        for left in path.parent.rglob("*.tmp"):  # of jobs that were killed while they wrote, a day ago or more
+            if time.time() - left.stat().st_mtime > 86400:
+                left.unlink(missing_ok=True)
 
 
 def save_finished(config, name, file, state, class_names=None, imported=None):
@@ -1781,6 +1789,7 @@ class Stage:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.path.with_suffix(".lock")) if process.rank == 0 else None
         self.number = self.resume() if self.path.exists() else 0
+        self.agree()
         begin(config, process)
         for module in modules.values() if config["compile"] else ():
             compile_blocks(module)
@@ -1791,9 +1800,20 @@ class Stage:
         for number in data.SIGNALS:
             signal.signal(number, self.on_signal)
         several = "" if name in modules else f"{len(modules)} modules, "
+        epochs = "1 epoch" if c["epochs"] == 1 else f"{c['epochs']} epochs"
         resumed = f", resumed at step {self.number}" if self.number else ""
         announce(process, f"{self.title}: {several}{sum(map(parameters, modules.values())):,} parameters, "
-                 f"{c['epochs']} epochs of {self.steps} steps of {self.total_batch} images{resumed}")
+                 f"{epochs} of {self.steps} steps of {self.total_batch} images{resumed}")
+
+    def agree(self):
+        """Raises UserError in all processes if one would begin otherwise, with a folder or data of its own."""
+        everyone = data.gather({**self.settings, "step": self.number, "training images": len(self.images)})
+        first = everyone[0]
+        for rank, theirs in enumerate(everyone):
+            for key in [key for key in first if first[key] != theirs.get(key)]:
+                here, there = reprlib.repr(first[key]), reprlib.repr(theirs.get(key))
+                raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all processes need "
+                                "the same output_dir and the same data.")
 
     def on_signal(self, *_):
         """Asks the loop to save and leave at its next check. A second signal ends the process at once."""
@@ -1918,11 +1938,12 @@ class Stage:
         digits = 1
         if len(lines) > 4:  # of many modules the mean loss, and whole per cents
             losses, digits = [sum(losses) / len(losses)], 0
-        losses = " ".join(f"{loss:.3f}" for loss in losses)
+        of = f"modules {' '.join(map(str, self.modules))}  " if 1 < len(lines) < 5 else ""
+        losses = of + "loss " + " ".join(f"{loss:.3f}" for loss in losses)
         tops = " ".join(f"{line['val_top1']:.{digits}f}" for line in lines if line["val_top1"] is not None)
         tops = f"validation {tops} %" if tops else "no validation"  # data.validation_images=0
         width = len(str(self.c["epochs"]))
-        say(self.process, f"{self.title} {self.epoch + 1:{width}}/{self.c['epochs']}  loss {losses}  {tops}  "
+        say(self.process, f"{self.title} {self.epoch + 1:{width}}/{self.c['epochs']}  {losses}  {tops}  "
                           f"{seconds:.0f} s")
 
     def save(self):
