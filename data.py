@@ -11,6 +11,7 @@ A set is a folder of image files or an .npz of arrays; tools/prepare.py makes on
 Axes: N images, B batch of one process, H = W image size, K classes. Images: uint8 N 3 H W.
 """
 
+import atexit
 import datetime
 import functools
 import gc
@@ -420,7 +421,7 @@ def identity(options):
             known = sorted((array.filename, array.CRC) for array in archive.infolist()
                            if array.filename.startswith(("train_", "validation_")))
     else:
-        known = [file[len(str(root)):] for file in _pool(options, "train").files]
+        _, known = _listing(root / "train", tuple(names))
     return {"data.class_names": names, "data.checksum": f"{zlib.crc32(repr(known).encode()):08x}"}
 
 
@@ -520,7 +521,10 @@ def _image_files(folder, walked, others):
 
 @functools.lru_cache(maxsize=8)
 def _listing(folder, found):
-    """[(image file, class name), …] of the class folders `found`; a stage asks for it more than once."""
+    """The class folders `found`: [(image file, class name), …], and a checksum of the files' names.
+
+    Listed once, since a stage asks for it many times.
+    """
     # Each folder is walked once. A link to one of these, or to what is above them, would lead to images of
     # other classes.
     top = Path(os.path.realpath(folder))
@@ -537,12 +541,13 @@ def _listing(folder, found):
         listing += [(path, name) for path in sorted(files.values())]
     if others:
         note(f"{folder}: {len(others)} files do not end like images and are not read, such as {others[0]}")
-    return listing
+    names = "\n".join(path[len(str(folder)):] for path, _ in listing)
+    return listing, zlib.crc32(names.encode(errors="surrogateescape"))
 
 
 def read_folders(folder, names, found):
     """The images in the class folders `found`, labeled by place in `names`. All of `names` must have some."""
-    listing = _listing(Path(folder), tuple(found))
+    listing, _ = _listing(Path(folder), tuple(found))
     label = {name: k for k, name in enumerate(names)}
     empty = label.keys() - {name for _, name in listing}
     if found == names and empty:
@@ -581,6 +586,17 @@ class _Views(Dataset):
             return UserError(f"/dev/shm is too small ({error}); data.workers=0 does without it.")
 
 
+@functools.cache
+def _workers_end_with_process():
+    """At exit Python would send SIGTERM and wait, but workers do not hear it (see _read)."""
+    def end():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as failed
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    atexit.register(end)
+
+
 def _read(imageset, requests, options, view, device):
     """Batches of (index, draw) -> uint8 B 3 H W on the device, in order. UserError names a bad image."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -596,6 +612,7 @@ def _read(imageset, requests, options, view, device):
                         "shorter one, or data.workers=0.")
     if loader.num_workers and multiprocessing.get_start_method() != "fork":
         multiprocessing.resource_tracker.ensure_running()  # its start would unblock them
+    _workers_end_with_process()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     views = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -35,8 +35,10 @@ def main():
         models.begin(config, process)
     for role, path in trained(config, args.role).items():
         for result in evaluate(role, path, config, process):
-            line = "{role}, {set}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {images:,} images"
-            models.say(process, line.format(**result))
+            # Of five classes or fewer every answer is among the best five.
+            top5 = f", top-5 {result['top5']:.2f} %" if config["data"]["classes"] > 5 else ""
+            models.say(process, f"{role}, {result['set']}: top-1 {result['top1']:.2f} %{top5} of "
+                       f"{result['images']:,} images")
             # At once, whatever happens to the next set.
             if process.rank == 0:
                 keep(Path(config["output_dir"], "results.json"), result)
@@ -86,7 +88,6 @@ def score(model, images, config, process):
         # ImageNet-R has 200 of ImageNet's 1000 classes: others would be wrong by construction.
         if absent is not None:
             logits = logits.masked_fill(absent, -torch.inf)
-        # Of fewer than five classes every answer is among the best five.
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # B 5
         hits += torch.stack([best[:, 0].sum(), best.sum()])
     # Counts are summed, not the processes' means: their shares can differ by one image.
@@ -112,7 +113,7 @@ def keep(path, result):
     folder = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(folder, fcntl.LOCK_EX)  # another evaluation of this run may add its own
-    others = [r for r in read_results(path) if [r[k] for k in key] != [result[k] for k in key]]
+    others = [r for r in read_results(path) if [r.get(k) for k in key] != [result[k] for k in key]]
     models.write(path, lambda file: file.write(json.dumps([*others, result], indent=1).encode()))
     os.close(folder)
 

@@ -1727,7 +1727,7 @@ def begin(config, process):
         path = Path(config["output_dir"], "config.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
-        for left in path.parent.rglob("*.tmp"):  # of jobs that were killed while they wrote, a day ago or more
+        for left in path.parent.rglob("*.tmp"):  # of jobs that were killed while they wrote, days ago
             if time.time() - left.stat().st_mtime > 86400:
                 left.unlink(missing_ok=True)
 
@@ -1738,9 +1738,16 @@ def save_finished(config, name, file, state, class_names=None, imported=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     # On the CPU, so that torch reads the file on a machine without a GPU.
     state = {key: value.cpu() for key, value in check_finite(state, path).items()}
-    origin = {"imported": imported} if imported else {"settings": settings(config, name)}
+    origin = {"imported": imported} if imported else {"settings": settings(config, name), "code": code()}
     content = {"model": state, "stage": name, **origin, "config": config, "class_names": class_names}
     write(path, lambda stream: torch.save(content, stream))
+
+
+@functools.cache
+def code():
+    """A checksum of the six files. That other code made a result is said, and never a reason to refuse it."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
 
 
 def say(process, text):
@@ -1806,14 +1813,14 @@ class Stage:
                  f"{epochs} of {self.steps} steps of {self.total_batch} images{resumed}")
 
     def agree(self):
-        """Raises UserError in all processes if one would begin otherwise, with a folder or data of its own."""
+        """Raises UserError in all processes if one has another start, from a folder or data of its own."""
         everyone = data.gather({**self.settings, "step": self.number, "training images": len(self.images)})
         first = everyone[0]
         for rank, theirs in enumerate(everyone):
             for key in [key for key in first if first[key] != theirs.get(key)]:
                 here, there = reprlib.repr(first[key]), reprlib.repr(theirs.get(key))
-                raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all processes need "
-                                "the same output_dir and the same data.")
+                raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all need the "
+                                "same output_dir and the same data.")
 
     def on_signal(self, *_):
         """Asks the loop to save and leave at its next check. A second signal ends the process at once."""
@@ -1982,7 +1989,9 @@ def skip(config, process, name, only=None):
     """Says that a stage is finished. The checkpoint goes, if a kill has left it behind."""
     if process.rank == 0:
         checkpoint_path(config, name, only).unlink(missing_ok=True)
-    announce(process, f"{TITLES.get(name, name)}: finished; skipped")
+    made_by = {about(path).get("code") for file in files(config, name) for path in paths(config, file)[:1]}
+    announce(process, f"{TITLES.get(name, name)}: finished; skipped"
+             f"{' (other code made it)' if made_by - {None, code()} else ''}")
 
 
 def checkpoint_path(config, name, only=None):

@@ -231,9 +231,7 @@ BAD_FILES = {  # what is wrong: (write, what the sentence must name)
     "a tensor missing": (changed(lambda c: c["model"].pop("norm.bias")), "lacks the tensor norm.bias (16,)"),
     "a tensor too many": (weights(extra=ONES), "has an unexpected tensor extra (16,)"),
     "a tensor of another shape": (weights(head_bias=ONES), "the tensor head.bias is (16,), the model's (24,)"),
-    "a number for a tensor": (weights(norm_bias=7), ""), "sparse weights": (weights(norm_bias=ONES.to_sparse()), ""),
     "weights that are not finite": (weights(norm_bias=ONES / 0), "norm.bias is not finite"),
-    "weights without values": (weights(norm_bias=torch.ones(16, device="meta")), ""),
 }
 
 
@@ -324,39 +322,6 @@ def test_no_mutation_of_a_files_bytes_gives_a_traceback_or_other_weights(here, m
                 refusals += bad != meta
             else:
                 assert call is not models.load_weights or same(dict(model.state_dict()), content["model"]), k
-    assert refusals > count / 2
-
-
-def mutate_weights(weights, rng):
-    """Drops a tensor of a state dict, or changes its type or its shape -> its name."""
-    name = rng.choice(list(weights))
-    value = weights[name]
-    weights[name] = rng.choice([
-        value[None], value.flatten(), value.ravel()[:1], torch.cat([value.ravel()] * 2), value.long(), [], None,
-        value.transpose(0, -1), value.to_sparse(), value.ravel()[:0], value.to(torch.complex64), "text", 3, -1.5,
-        {}, {"a": 1}, torch.ones(()), 10**30])
-    if rng.random() < 0.1:
-        del weights[name]
-    return name
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_no_mutation_of_a_files_weights_gives_a_traceback_or_another_model(here, meta, count):
-    rng, refusals, good = random.Random(3), 0, torch.load(io.BytesIO(meta), weights_only=True)["model"]
-    model = models.build(models.load_config("c.yaml"), "meta")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for k in range(count):
-        changed = dict(good)
-        name = mutate_weights(changed, rng)
-        torch.save({"model": changed}, "m.pt")
-        try:
-            models.load_weights(model, "m.pt")
-            assert changed[name].shape == good[name].shape and changed[name].is_floating_point(), (k, name)
-            model.load_state_dict(before)
-        except models.UserError as error:
-            assert "m.pt" in str(error) and "\n" not in str(error), (k, name, error)
-            assert same(before, dict(model.state_dict())), (k, name)  # whole or not at all
-            refusals += 1
     assert refusals > count / 2
 
 

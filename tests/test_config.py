@@ -99,7 +99,7 @@ def test_numbers_are_decimal_and_nothing_else_is_one(read):
             read(f"compile={text}")
 
 
-def test_a_key_twice_is_an_error_and_aliases_are_none(read):
+def test_an_alias_is_no_key_that_stands_twice(read):
     with pytest.raises(models.UserError, match="epochs stands twice"):
         read(text="train: {meta: {epochs: 1, epochs: 2}}")
     config = read(text="train: {meta: &a {lr: 0.1}, teacher: *a}\nshare: &b [x]\ndata: {robustness: *b}")

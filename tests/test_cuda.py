@@ -15,8 +15,7 @@ import torch
 from tools import prepare
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["data.train_images=0", "data.validation_images=null", "data.test_images=0", "train.*.epochs=1",
-         "train.*.batch=16"]
+SHORT = ["data.validation_images=null", "data.test_images=0", "train.*.epochs=1", "train.*.batch=16"]
 # What no demo uses, so that it is seen too.
 MORE = ["train.*.drop_path=0.1", "data.mixup=0.5", "data.cutmix=0.5", "data.smoothing=0.1",
         "data.erasing=0.5"]
@@ -28,13 +27,14 @@ VMOE = [*MORE, "student.balance=0.01", "student.capacity=1.5"]
 def glyphs(tmp_path_factory):
     """The demo's set, with few images -> its .npz."""
     path = tmp_path_factory.mktemp("cuda") / "glyphs.npz"
-    prepare.glyphs(path, train=256, validation=32, test=32)
+    prepare.glyphs(path, train=512, validation=32, test=32)
     return path
 
 
 def stages(config, world, *words, root=ROOT):
     """Runs all stages of `config` as the first of `world` processes -> (stages, lines that wait) or fails."""
-    command = [sys.executable, "tests/fake_cuda.py", f"configs/{config}.yaml", str(world), *SHORT, *words]
+    command = [sys.executable, "tests/fake_cuda.py", f"configs/{config}.yaml", str(world), *SHORT,
+               f"data.train_images={64 * world}", *words]  # four steps
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

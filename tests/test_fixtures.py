@@ -3,8 +3,9 @@
 Tensor by tensor, the norm of the difference over the norm is at most 1e-6 in float64; in float32 it is
 at most 1e-5 for outputs and 1e-4 for gradients. Weights are read under the original's names.
 
-All files were made in evaluation mode. So they say nothing about what training adds: stochastic depth, the
-jitter of codes, the sampled kernel, the noise of seeder, pool and router, and a mixture's auxiliary loss.
+All files were made in evaluation mode, so nothing of training is seen by them: stochastic depth, the jitter
+of codes, the sampled kernel, the noise of seeder, pool and router, an auxiliary loss, learning rates and
+initial values. test_training.py and test_models.py have these.
 """
 
 import pytest

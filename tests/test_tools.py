@@ -1,8 +1,8 @@
 """Promises of the tools that train nothing.
 
 report.py: runs that differ in more than their seed are never averaged, and what cannot be used is left out
-with a reason. cost.py: nothing is allocated, and multiply-adds are those computed by hand. few_shot.py: support
-and query share no image, and only a linear classifier learns.
+with a reason. cost.py: nothing is allocated, and multiply-adds are those computed by hand. few_shot.py:
+support and query share no image, and only a linear classifier learns.
 """
 
 import json
@@ -203,7 +203,9 @@ def test_costs_are_a_models_own_and_those_of_all_before(home, reported):
     assert costs(reported, plain)[:3] == ("112", "182", "120")
     assert costs(reported, plain, "baseline")[:3] == ("6", "6", "20")
     # A run that shares stages counts them too, but not a stage of other settings.
-    student, words = {"student": {"test": 80.0}}, ["train.student.lr=1", f"share={plain}"]
+    student = {"student": {"test": 80.0}}
+    other = write_run(home / "z", student, {"distill": 3}, "train.distill.lr=1")
+    words = ["train.student.lr=1", f"share=[{other},{plain}]"]
     shares = write_run(home / "b", student, {"student": 1}, *words)
     assert costs(reported, shares) == ("96", "166", "110", "")
     assert costs(reported, write_run(home / "c", student, {}, *words))[:3] == ("80", "150", "100")
@@ -433,9 +435,10 @@ def test_the_list_is_what_run_sh_runs(home, call, monkeypatch):
         call(cost, *words)
     monkeypatch.delenv("GOAL")
     config = models.load_config(home / "c.yaml", words[3:])
-    models.save_finished(config, "teacher", "teacher.pt", {})
-    assert call(cost, *words).splitlines() == [made[0], *made[4:], *last]
-    assert call.errors == "finished already: teacher\n"
+    for name in ("teacher", "baseline"):
+        models.save_finished(config, name, f"{name}.pt", {})
+    assert call(cost, *words).splitlines() == [made[0], *made[4:-1], *last]
+    assert call.errors == "finished already: teacher, baseline\n"
     # The few-shot set is looked at before anything is trained.
     words += ["few_shot.root=" + str(home / "set.npz"), "few_shot.ways=4", "few_shot.shots=[1,2]"]
     assert call(cost, *words).splitlines()[-2:] == ["tools/few_shot.py role=all", last[-1]]

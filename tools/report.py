@@ -125,8 +125,8 @@ class Run:
                             "rename one of them.")
         for run in (other, self):
             if "data.checksum" not in run.settings:
-                raise UserError(f"{run.folder} holds no finished model that says how it was made, so it joins "
-                                f"no mean over runs named {self.name}.")
+                raise UserError(f"{run.folder} holds no finished model, so nothing says whether it belongs "
+                                f"to the mean over runs named {self.name}.")
         for key in [*other.known, *self.known]:
             old, new = (run.settings.get(key) for run in (other, self))
             if key.endswith(".pt"):  # imported: of each seed another file, but of all seeds or none
