@@ -111,11 +111,13 @@ def keep(path, result):
     """Adds a result to results.json, in place of an older one of the same role, set and number of images."""
     key = ("role", "set", "images")
     folder = os.open(path.parent, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(folder, fcntl.LOCK_EX)  # another evaluation of this run may add its own
-    others = [r for r in read_results(path) if [r.get(k) for k in key] != [result[k] for k in key]]
-    models.write(path, lambda file: file.write(json.dumps([*others, result], indent=1).encode()))
-    os.close(folder)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)  # another evaluation of this run may add its own
+        others = [r for r in read_results(path) if [r.get(k) for k in key] != [result[k] for k in key]]
+        models.write(path, lambda file: file.write(json.dumps([*others, result], indent=1).encode()))
+    finally:
+        os.close(folder)
 
 
 def read_results(path):

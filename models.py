@@ -3,10 +3,10 @@
 For the method, read in this order:
     ViT and V-MoE                   meta model, teacher, one student; the method needs hidden_states and rest
     Neural Attentive Circuit        the other student, in the order in which an image passes
-    Graph priors and regularizers   optional: what a NAC's signatures are fitted to
+    Graph priors and regularizers   optional, for the NAC
     Modules inside the meta model   cut(): a whole student -> S_0 … S_{L-1}, each with its stitches
     Losses · Models from a config
-Config, Weights, Run folder and Stage are plumbing, to be skipped at first.
+Skip the plumbing at first: Config, Weights, Run folder, Stage.
 
 Axis letters in shape comments:  B batch · N tokens · D width · E experts · T = B·N · H hidden · K classes
     for the NAC also  U latents (receivers) · V senders or image tokens · X width of a token · C code
@@ -28,6 +28,7 @@ import re
 import reprlib
 import signal
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -67,7 +68,7 @@ class DropPath(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with packed q, k, v. B N D -> B N D."""
+    """Multi-head self-attention. B N D -> B N D."""
 
     def __init__(self, width, heads, qkv_bias):
         super().__init__()
@@ -77,7 +78,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, N, D = x.shape
-        # One matrix holds q, k and v of all heads, in timm's order, so that its weights load as they are.
+        # One matrix holds q, k and v of all heads, in timm's order.
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # B h N d
         # softmax(q kᵀ / √d) v
         x = F.scaled_dot_product_attention(q, k, v)  # B h N d
@@ -85,7 +86,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The transformer's feed-forward layer. B N D -> B N D."""
+    """Two linear layers with GELU between. B N D -> B N D."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -99,11 +100,9 @@ class Mlp(nn.Module):
 class MoE(nn.Module):
     """Mixture of E experts in place of an MLP: out = Σ_k g_k · expert_{e_k}(x), g = softmax(top-k logits).
 
-    No token is dropped unless `capacity` > 0: then an expert takes at most capacity · k · T / E tokens of a
-    training batch (V-MoE's capacity factor), first come, first served. A token that is turned away keeps its
-    residual. With `balance` > 0 training adds V-MoE's router noise and leaves its auxiliary loss in
-    `self.aux`. `self.load` is the share of (token, choice) pairs that each expert got in the last training
-    batch.
+    `capacity` > 0 is V-MoE's capacity factor: in training an expert takes the first capacity · k · T / E
+    tokens of a batch; the others keep their residual. With `balance` > 0 training adds V-MoE's router noise
+    and leaves its auxiliary loss in `self.aux`. `self.load`: each expert's share of the last training batch.
     """
 
     def __init__(self, width, hidden, experts, top_k=2, balance=0.0, capacity=0.0):
@@ -116,11 +115,9 @@ class MoE(nn.Module):
         self.fc2_bias = nn.Parameter(torch.zeros(experts, width))
 
     def forward(self, x):  # B N D
-        # Each token is routed by itself, whatever image it is from.
         tokens = x.reshape(-1, x.shape[-1])  # T D
         gates, chosen = self.route(tokens)  # T k, T k
-        # Sorting the T·k (token, expert) pairs by expert makes each expert's share one contiguous slice.
-        # Every expert is then two dense products over its own tokens, however uneven the shares.
+        # Sorted by expert, each expert's share of the T·k (token, expert) pairs is one contiguous slice.
         chosen = chosen.flatten()
         order = chosen.argsort(stable=True)
         chosen, E = chosen[order], len(self.fc1_weight)
@@ -130,7 +127,7 @@ class MoE(nn.Module):
             self.load = load / len(chosen)
         out = self.run_experts(tokens, order // self.top_k, one_hot, load)  # T·k D
         if self.training and self.capacity:
-            # The sort is stable, so a pair's place in its expert's queue is its index less the first pair's.
+            # A pair's place in its expert's queue is its index less that of the expert's first pair.
             place = torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[chosen]
             out = out * (place < math.ceil(self.capacity * len(order) / E))[:, None]
         # out_t = Σ_k g_k · expert_{e_k}(x_t), back in the tokens' order
@@ -138,8 +135,8 @@ class MoE(nn.Module):
         return (out * gates.to(out.dtype)[..., None]).sum(1).view(x.shape)
 
     def route(self, x):
-        """The k experts of each token, and their gates, which sum to 1. T D -> T k, T k"""
-        # Float32 at least: among bfloat16's 8 bits the k largest logits would often be ties.
+        """The gates, which sum to 1, and the k experts of each token. T D -> T k, T k"""
+        # At least float32, because bfloat16's 8 bits would often make the k largest logits ties.
         with torch.autocast(x.device.type, enabled=False):
             logits = clean = self.router(x.to(torch.promote_types(x.dtype, torch.float32)))  # T E
         if self.training and self.balance:
@@ -161,7 +158,7 @@ class MoE(nn.Module):
         w1, b1, w2, b2 = (p.to(dtype) for p in weights)
         tokens = x.to(dtype).index_select(0, token)
         if dtype == torch.bfloat16 and x.shape[-1] % 8 == w1.shape[1] % 8 == 0:  # rows of 16 bytes
-            # One kernel for all experts: their shares stay on the GPU, and nobody waits for it.
+            # One kernel for all experts; the CPU need not know their shares.
             ends, one_hot = load.cumsum(0, dtype=torch.int32), one_hot.to(dtype)
             hidden = F.gelu(F.grouped_mm(tokens, w1.transpose(1, 2), offs=ends) + one_hot @ b1)
             return F.grouped_mm(hidden, w2.transpose(1, 2), offs=ends) + one_hot @ b2
@@ -173,10 +170,10 @@ class MoE(nn.Module):
         E = logits.shape[1]
         # importance_e = Σ_x softmax(logits)_e: how much weight an expert gets
         importance = logits.softmax(-1).sum(0)  # E
-        # How many tokens an expert gets is a count, without gradient. Its expectation under the noise has
-        # one: load_e = Σ_x P(e is still chosen if its noise is drawn again) = Σ_x Φ((logit_e − threshold)·E)
+        # A count of tokens has no gradient, its expectation under the noise has one:
+        # load_e = Σ_x P(e is still chosen if its noise is drawn again) = Σ_x Φ((logit_e − threshold)·E)
         load = torch.special.ndtr((logits - threshold) * E).sum(0)  # E
-        # var / mean² and not (std / mean)²: at perfect balance the gradient of a square root is NaN
+        # var / mean² and not (std / mean)², whose gradient is NaN at perfect balance
         return self.balance * 0.5 * sum(v.var(correction=0) / v.mean() ** 2 for v in (importance, load))
 
 
@@ -204,8 +201,7 @@ class Block(nn.Module):
 class ViTModule(nn.Module):
     """Module i of a ViT, sharing its parameters: states B×(1+N)×D -> states.
 
-    The first module starts from pixels (B×3×H×W) in the ViT's stem, the last ends in logits (B×K).
-    Its blocks are numbered from 0, as in the original's files of single modules.
+    The first module starts from pixels (B×3×H×W), the last ends in logits (B×K). Blocks count from 0.
     """
 
     def __init__(self, vit, blocks, first, last):
@@ -223,7 +219,6 @@ class ViTModule(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed  # B 1+N D
         for block in self.blocks:
             x = block(x)
-        # Only the class token is classified.
         return self.head(self.norm(x)[:, 0]) if self.last else x
 
 
@@ -231,14 +226,13 @@ class ViT(nn.Module):
     """Vision transformer with timm's parameter names, cut into L modules of `depths` blocks. B×3×H×W -> B×K.
 
     `moe` (a dict of MoE's arguments) turns the MLPs of `moe_blocks` (None: all) into mixtures: the V-MoE.
-    `parts` are the L modules; they share the parameters, which carry the whole model's names.
+    `parts` are the L modules; they share the whole model's parameters.
     """
 
     def __init__(self, image_size, patch, width, heads, depths, classes, mlp_ratio=4.0, qkv_bias=True,
                  eps=1e-6, init_std=0.02, expert_std=None, moe=None, moe_blocks=None):
         super().__init__()
-        # A convolution with stride = kernel is one linear map for all patches. The Sequential only gives it
-        # timm's name, patch_embed.proj.
+        # A convolution with stride = kernel is one linear map for all patches. Its name is timm's.
         self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, width, patch, stride=patch)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, width))
@@ -255,7 +249,7 @@ class ViT(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         ends = np.cumsum(depths).tolist()
-        # A tuple, which nn.Module does not look into: otherwise each weight would be twice in the state dict.
+        # In a ModuleList each weight would be twice in the state dict.
         self.parts = tuple(ViTModule(self, self.blocks[end - depth:end], i == 0, i == len(depths) - 1)
                            for i, (depth, end) in enumerate(zip(depths, ends)))
 
@@ -297,14 +291,13 @@ def init_linear(module, std, expert_std):
 # ---------- Neural Attentive Circuit
 #
 # A circuit is a set of latents. Each has a state (B D), which depends on the image, and two learned vectors,
-# which do not: its code says what it computes (the same weights, modulated differently: ModFC), its signature
-# whom it talks to (near signatures do, distant ones do not: log_kernel). Input latents read the image's
-# tokens; then, for some rounds, mediators listen to input latents and to one another; at last output latents
-# listen to both and vote for a class.
+# which do not: its code modulates the shared weights (ModFC), and its signature says whom it talks to, those
+# with near signatures (log_kernel). Input latents read the image's tokens. Then, for some rounds, mediators
+# listen to input latents and to one another. At last output latents listen to both and vote for a class.
 
 
 class Jitter(nn.Module):
-    """In training codes are shaken by up to `amount`, one draw for the whole batch. U C -> U C."""
+    """Shakes codes in training, one draw for the whole batch. U C -> U C."""
 
     def __init__(self):
         super().__init__()
@@ -324,7 +317,7 @@ class ModFC(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
-        # g is small: at first all latents compute nearly the same, and their codes lead them apart.
+        # g is small: at first all latents compute nearly the same.
         self.gain = nn.Parameter(torch.tensor(0.1))
         self.scale = nn.Linear(code_width, width_in, bias=False)
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -335,7 +328,7 @@ class ModFC(nn.Module):
         return 1 + self.gain * F.layer_norm(scale, scale.shape[-1:])
 
     def forward(self, x, codes):
-        # All latents share W. The code says which of its inputs count: σ is a vector per latent, no matrix.
+        # All latents share W. The code says which of its inputs count.
         return F.linear(x * self.sigma(codes), self.weight, self.bias)
 
 
@@ -351,7 +344,6 @@ class ModFFN(nn.Module):
         self.drop_path = DropPath()
 
     def forward(self, x, codes):
-        # 2·r·D channels; one half gates the other.
         a, b = self.fc1(self.norm(x), codes).chunk(2, dim=-1)  # each B U r·D
         return x + self.drop_path(self.gamma * self.fc2(a * F.gelu(b), codes))
 
@@ -369,10 +361,9 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x):
-        # On CUDA the layout of cuDNN's depthwise convolutions; else that of the weight, for its gradient's
-        # strides.
+        # On CUDA cuDNN's layout of depthwise convolutions; else the weight's, for its gradient's strides.
         x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
-        # Channels last, where a 1×1 convolution is a plain linear layer.
+        # With channels last a 1×1 convolution is a linear layer.
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # B H W D
         return x + (self.gamma * self.pwconv2(F.gelu(self.pwconv1(y)))).permute(0, 3, 1, 2)
 
@@ -389,7 +380,7 @@ class Tokenizer(nn.Module):
 
     def __init__(self, width, stages, blocks, grid_width, grid_size):
         super().__init__()
-        # More stages, fewer tokens: 2 leave one for 8×8 pixels, 3 for 16×16.
+        # With 2 stages 8×8 pixels make a token, with 3 stages 16×16.
         widths = [width // 4, width // 2, width][:stages]
         stem = nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
@@ -407,8 +398,7 @@ class Tokenizer(nn.Module):
     def forward(self, x):
         for downsample, stage in zip(self.downsample_layers, self.stages):
             x = stage(downsample(x))  # B width H W; H and W a quarter of the image's, then half at each stage
-        # The grid has channels of its own beside the features (a ViT's is added to them), so it need not have
-        # their width. Images of another size pool it.
+        # The position grid has channels of its own. Images of another size pool it.
         grid = self.grid
         if grid.shape[1:] != x.shape[2:]:
             grid = F.adaptive_avg_pool2d(grid, x.shape[2:])
@@ -426,10 +416,7 @@ class Latents(nn.Module):
 
 
 class Seeder(nn.Module):
-    """Initial state of latent u: μ(LN c_u) + ε ⊙ exp(½ λ(LN c_u)), ε ~ N(0,1) a sample; ε = 0 in evaluation.
-
-    codes U C -> states B U D.
-    """
+    """Initial states μ(LN c) + ε ⊙ exp(½ λ(LN c)), ε ~ N(0,1), in evaluation 0. U C -> B U D."""
 
     def __init__(self, width, code_width):
         super().__init__()
@@ -450,13 +437,13 @@ class Seeder(nn.Module):
 class ReadIn(nn.Module):
     """Input latents attend to the image's tokens; keys and values are modulated by the receiver's code.
 
-    states B U D, tokens B V X, codes U C -> states B U D.
+    states B U D, tokens B V X, codes U C -> B U D.
     """
 
     def __init__(self, width, token_width, code_width, heads, head_width, ffn_ratio):
         super().__init__()
         self.heads, inner = heads, heads * head_width
-        # Only a name: weights are called read_in.attention.*, like the propagators'.
+        # Names the weights read_in.attention.*, like the propagators'.
         self.attention = nn.Module()
         self.attention.receiver_norm = nn.LayerNorm(width)
         self.attention.sender_norm = nn.LayerNorm(token_width)
@@ -493,14 +480,14 @@ class ReadIn(nn.Module):
 class LatentAttention(nn.Module):
     """Receivers attend to senders under the kernel: NAC's stochastic kernel modulated dot-product attention.
 
-    q and exit are modulated by the receiver's code, k and v by the sender's. With `share_norm` one LayerNorm
-    serves both sides. receivers B U D, senders B V D, log_k = log K (B) U V or None -> B U D (no residual).
+    The receiver's code modulates q and exit, the sender's k and v. `share_norm`: one LayerNorm for both.
+    receivers B U D, senders B V D, log_k = log K (B) U V or None -> B U D (no residual).
     """
 
     def __init__(self, width, code_width, heads, head_width, share_norm):
         super().__init__()
         self.heads, inner = heads, heads * head_width
-        # β of the kernel: each propagator learns how far its latents listen.
+        # β of the kernel
         self.bandwidth = nn.Parameter(torch.tensor(1.0))
         self.receiver_norm = nn.LayerNorm(width)
         if not share_norm:
@@ -520,16 +507,16 @@ class LatentAttention(nn.Module):
         k, v = split(self.key(x, sender_codes)), split(self.value(x, sender_codes))
         # Σ_v softmax_v(q_u · k_v / √d + log K(u, v)) v_v: K weighs before normalization
         if log_k is not None:
-            # One kernel for all heads: the graph says who may talk, the heads about what.
+            # One kernel for all heads.
             log_k = log_k.to(q.dtype).view(-1, 1, *log_k.shape[-2:])  # 1 or B, 1 U V
         if log_k is None:
             x = F.scaled_dot_product_attention(q, k, v)
         elif q.is_cuda:
-            # The CUDA kernel that gives the mask a gradient, and the fallback where it does not apply.
+            # Of CUDA's fused kernels this one gives the mask a gradient; MATH is the fallback.
             with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_k)
         else:
-            # On a CPU no fused attention gives the mask a gradient, and the fallback keeps the scores twice.
+            # On a CPU none does, and its fallback would keep the scores twice.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # B h U V
             x = scores.add_(log_k).softmax(-1) @ v
         return self.gamma * self.exit(x.transpose(1, 2).flatten(2), receiver_codes)
@@ -537,8 +524,8 @@ class LatentAttention(nn.Module):
 
 def distance(a, b):
     """δ(u, v) = 1 − cos(s_u, s_v), from 0 (same direction) to 2. U S, V S -> U V."""
-    # Always in float32 or better: in bfloat16 the kernel of near latents would round to 1, its logit to
-    # infinity. (The device "meta", of models without weights, knows no autocast.)
+    # At least float32: in bfloat16 the kernel of near latents would round to 1, its logit to infinity.
+    # (The device "meta" knows no autocast.)
     dtype = a.dtype
     with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):
         if a.is_cuda:  # float32 products may be TF32's there
@@ -584,7 +571,7 @@ class Propagator(nn.Module):
 
     def forward(self, receivers, senders, codes, sender_codes, delta=None):
         """delta U V: the signatures' distances; None (tokens, which have no signature): no kernel."""
-        # Two draws: a mediator's code is shaken in one way as a receiver's, in another as a sender's.
+        # Two draws: as a sender's code a mediator's is not shaken as it is as a receiver's.
         codes, sender_codes = self.jitter(codes), self.jitter(sender_codes)
         log_k = None
         if delta is not None:
@@ -596,7 +583,7 @@ class Propagator(nn.Module):
 class ReadOut(nn.Module):
     """Output latents attend to all others. B U D -> B U D.
 
-    Unlike a propagator: no residual around the attention, no truncation, no sampling, no stochastic depth.
+    Unlike a propagator it has no residual around the attention, no truncation, sampling and stochastic depth.
     """
 
     def __init__(self, width, code_width, heads, head_width, ffn_ratio):
@@ -631,8 +618,7 @@ class Pool(nn.Module):
 class NAC(nn.Module):
     """Neural Attentive Circuit (2210.08031): latents with codes and signatures pass messages. B×3×H×W -> B×K.
 
-    latents = (U_in, U, U_out). Modules: the read-in (with tokenizer), each propagator, the read-out (with
-    pool).
+    latents = (U_in, U, U_out). Modules: tokenizer and read-in, each propagator, read-out and pool.
     """
 
     def __init__(self, image_size, width, heads, head_width, latents, propagators, classes, code_width=None,
@@ -652,22 +638,21 @@ class NAC(nn.Module):
         self.propagators = nn.ModuleList(Propagator(**circuit) for _ in range(propagators))
         self.read_out = ReadOut(**circuit)
         self.pool = Pool(width, classes)
-        # Filled by build() where stitches are kept or folded: what stands between module i and module i+1.
-        self.stitches = nn.ModuleList()
+        self.stitches = nn.ModuleList()  # filled by build(), as the ViT's
 
     def forward(self, images):
         inputs, mediators, outputs = self.input_latents, self.mediator_latents, self.output_latents
-        # The senders are the same in all rounds: input latents and mediators.
+        # In all rounds the senders are input latents and mediators.
         sender_codes = torch.cat([inputs.codes, mediators.codes])  # V C, V = U_in + U
         signatures = torch.cat([inputs.signatures, mediators.signatures])  # V S
-        # Stitch j stands after module j. Of dropped ones there are none, and next() gives the identity.
+        # Stitch j stands after module j. Where there is none, next() gives the identity.
         B, stitch = images.shape[0], iter(self.stitches)
 
-        # The image is read once, by the input latents; their states stay as they are from then on.
+        # The image is read once. The input latents' states do not change afterwards.
         x_in = self.read_in(self.seeder(inputs.codes, B), self.tokenizer(images), inputs.codes)  # B U_in D
         x_in = next(stitch, nn.Identity())(x_in)
         x = self.seeder(mediators.codes, B)  # B U D
-        # Signatures are not part of the state: the graph is the same in all rounds, and for all images.
+        # The graph is the same in all rounds, and for all images.
         delta = distance(mediators.signatures, signatures)  # U V
         for propagator in self.propagators:
             x = propagator(x, torch.cat([x_in, x], 1), mediators.codes, sender_codes, delta)
@@ -684,15 +669,14 @@ class NAC(nn.Module):
 def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
     """Adjacency matrix n×n (bool, symmetric, empty diagonal) of a random graph; `rng` a numpy Generator.
 
-    scale_free: Barabási–Albert, each new node links to m old ones · planted_partition: groups linked within
-    with p_in, across with p_out · ring_of_cliques: groups are cliques, one edge between neighbors ·
-    erdos_renyi: p.
+    scale_free: Barabási–Albert, each new node links to m old ones · planted_partition: links with p_in in a
+    group, p_out across · ring_of_cliques: groups are cliques, one edge between neighbors · erdos_renyi: p.
     """
     linked = np.zeros((n, n), bool)
     # Contiguous groups, of equal size where groups divides n.
     group = np.arange(n) * groups // n
     if kind == "scale_free":
-        # Preferential attachment: drawing from the list of all edges' ends draws in proportion to degree.
+        # Drawing from the ends of all edges draws nodes in proportion to their degree.
         ends, targets = [], list(range(m))
         for node in range(m, n):
             linked[node, targets] = True
@@ -703,7 +687,7 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
                 end = ends[rng.integers(len(ends))]
                 targets += [end] if end not in targets else []
     elif kind == "planted_partition":
-        # The upper triangle: one draw a pair.
+        # The upper triangle has one draw per pair.
         linked = np.triu(rng.random((n, n)) < np.where(group[:, None] == group, p_in, p_out), 1)
     elif kind == "ring_of_cliques":
         linked = group[:, None] == group
@@ -718,7 +702,7 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
 def fit_signatures(signatures, linked, steps=1000, margin=0.03):
     """Moves signatures (n×S, in place) until linked pairs are within the truncation, unlinked ones beyond.
 
-    Adam, lr 1e-3, from a semi-orthogonal matrix. -> the shares of both kinds that end where they should
+    -> the shares of linked and of unlinked pairs that end there
     """
     # Orthogonal: all pairs start at δ = 1, unlinked, if n vectors fit in S dimensions.
     s = nn.init.orthogonal_(torch.empty(signatures.shape)).requires_grad_()
@@ -727,8 +711,7 @@ def fit_signatures(signatures, linked, steps=1000, margin=0.03):
     optimizer = torch.optim.Adam([s], lr=1e-3)
     for _ in range(steps):
         delta = distance(s, s)  # n n
-        # mean over linked pairs of max(δ, .87) + mean over unlinked pairs of max(−δ, −.93): a margin on both
-        # sides of the truncation, and both kinds of pairs weigh the same (docs/deviations.md)
+        # mean over linked pairs of max(δ, .87) + mean over unlinked pairs of max(−δ, −.93)
         loss = ((delta.clamp(min=TRUNCATION - margin) * linked).sum() / linked.sum().clamp(min=1)
                 + ((-delta).clamp(min=-TRUNCATION - margin) * unlinked).sum() / unlinked.sum().clamp(min=1))
         optimizer.zero_grad()
@@ -738,15 +721,15 @@ def fit_signatures(signatures, linked, steps=1000, margin=0.03):
         signatures.copy_(s)
         near = distance(s, s) <= TRUNCATION
     shares = near[linked].float().mean(), (~near)[unlinked].float().mean()
-    # The mean of no pairs is NaN; none of them is in the wrong place.
+    # The mean of no pairs is NaN.
     return tuple(share.nan_to_num(1).item() for share in shares)
 
 
 def hinge_repulsion(nac, threshold=0.4):
-    """Pushes apart all pairs of the NAC's signatures, of latents of all kinds, closer than the threshold."""
+    """Pushes apart all pairs of the NAC's signatures that are closer than the threshold."""
     groups = nac.input_latents, nac.mediator_latents, nac.output_latents
     s = torch.cat([latents.signatures for latents in groups])
-    # −Σ δ over pairs u < v with δ < threshold: each pair counts once, and one that is far enough not at all
+    # −Σ δ over pairs u < v with δ < threshold
     delta = distance(s, s)
     return -(delta * (delta < threshold).triu(1)).sum()
 
@@ -754,10 +737,9 @@ def hinge_repulsion(nac, threshold=0.4):
 def match_rows(cost, capacity):
     """Assigns each of n rows to one of G groups, `capacity` rows a group, at the least total cost. n×G -> n.
 
-    Exact, as the Hungarian matching of the original is. Rows of the block model's target within a group are
-    equal, so the n×n assignment problem is a transport problem with G sinks: start from each row's cheapest
-    group, then move rows from overfull groups to groups with room along shortest paths (successive shortest
-    paths).
+    Exact, like a Hungarian matching. Rows of the block model's target within a group are equal, so this is a
+    transport problem with G sinks: start from each row's cheapest group, then move rows from overfull groups
+    to groups with room along shortest paths (successive shortest paths).
     """
     cost = cost.double().numpy()
     n, G = cost.shape
@@ -789,7 +771,7 @@ def match_rows(cost, capacity):
 def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
     """Stochastic block model regularizer: MSE between each propagator's link probabilities K and blocks P.
 
-    K is that of the U mediators, truncated and not sampled. It sends gradients to signatures and bandwidths.
+    K is the U mediators' kernel, truncated and not sampled.
     """
     s = nac.mediator_latents.signatures
     group = torch.arange(len(s), device=s.device) * groups // len(s)
@@ -797,21 +779,21 @@ def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
     capacity = np.bincount(np.arange(len(s)) * groups // len(s), minlength=groups)
     delta = distance(s, s)
     kernels = torch.stack([log_kernel(delta, p.attention.bandwidth).exp() for p in nac.propagators])  # P U U
-    # Which mediators make a block is free: K's rows (not its columns) are matched to P's at the least MSE.
+    # K's rows (not its columns) are matched to P's at the least MSE.
     # ‖K_u − P_g‖² = ‖K_u‖² − 2 K_u·P_g + ‖P_g‖²; the first term does not depend on g
     costs = target.square().sum(1) - 2 * kernels @ target.T  # P U G
-    # One copy to the CPU and one back for all propagators, because each makes the GPU wait.
+    # One copy to the CPU for all propagators, because each synchronizes the GPU.
     rows = torch.stack([match_rows(cost, capacity) for cost in costs.detach().cpu()])
     rows = rows.to(s.device, non_blocking=True)
     return (kernels - target[rows]).square().mean((1, 2)).sum()
 
 
 def regularizer(model, config):
-    """What training adds to the loss: a NAC's graph regularizer, the balance losses of mixtures; else 0."""
+    """What training adds to the loss: a NAC's graph regularizer, or the balance losses of mixtures."""
     c = config["train"]["student"]
     if not isinstance(model, NAC) or not c["regularizer"]:
         return sum(m.aux for m in model.modules() if isinstance(m, MoE) and m.balance)
-    # The paper's choice: the block model for the planted partition, hinge repulsion for all other priors.
+    # As in the paper: hinge repulsion for all priors but the planted partition.
     if config["assemble"]["graph"] == "planted_partition":
         return c["regularizer"] * block_model(model, c["block_groups"])
     return c["regularizer"] * hinge_repulsion(model)
@@ -821,10 +803,9 @@ def regularizer(model, config):
 
 
 class Stitched(nn.Module):
-    """post ∘ S_i ∘ pre: a student's module, with layers that let it stand between the meta model's modules.
+    """post ∘ S_i ∘ pre: a student's module with the layers that fit it between the meta model's modules.
 
-    States B×N×W (W the meta model's width; images for the first module) -> states B×U×W (logits for the
-    last), U = N for a V-MoE.
+    States B×N×W (W: M's width; first module: images) -> states B×U×W (last: logits), U = N for a V-MoE.
     """
 
     def __init__(self, body, pre, post):
@@ -836,10 +817,9 @@ class Stitched(nn.Module):
         return self.post_stitch(self.body(self.pre_stitch(x)))
 
 
-# A NAC's modules among the meta model's tokens. A ViT's block takes any number of tokens, so a module may
-# hand on its U latents in place of the 1+N tokens that came in. The meta model's head then reads the first of
-# them, which thereby learns to be the class token. M has tokens where the circuit has latents, so M's tokens
-# stand for latents, with their codes:
+# A NAC's modules inside the meta model M. A ViT's block takes any number of tokens, so a module may hand on
+# its U latents in place of the 1+N tokens that came in; the first of them learns to be the class token that
+# M's head reads. M has tokens where the circuit has latents, so M's tokens get the codes of latents:
 #
 #   distill.codes  module             receivers                     senders
 #   own            read-in            input latents                 the tokenizer's tokens
@@ -849,19 +829,18 @@ class Stitched(nn.Module):
 #   original       read-in, read-out  one latent of random state    as above
 #   original       propagators        M's tokens                    the same
 #
-# own: latents start from the seeder, with the circuit's codes. What several modules use (seeder, mediator
-# codes, the codes of tokens) keeps its initial values here and learns in fine-tuning. original, as in the
-# paper's code: one fixed random code for everything, which does not reach the circuit. Tokens have no
-# signatures, so inside M there is no kernel, and its bandwidth does not learn.
+# own: latents have the circuit's codes and start from the seeder. What several modules use (seeder, mediator
+# codes, codes of tokens) keeps its initial values here and learns in fine-tuning. original, as in the paper's
+# code: one fixed random code a module, which does not reach the circuit. Tokens have no signatures, so inside
+# M there is no kernel.
 
 
 class OwnLatents(nn.Module):
-    """The circuit's latents as receivers: their codes, and states from the seeder. -> B U D, U C"""
+    """The circuit's latents as receivers: states from the seeder, and codes. -> B U D, U C"""
 
     def __init__(self, nac, latents, learn=True):
         super().__init__()
-        # Two modules may not pull at one tensor, because each is trained alone. (Of this NAC only:
-        # finetune.py builds a new one, in which everything learns.)
+        # Modules are trained apart, so no tensor may learn in two of them. finetune.py builds a new NAC.
         self.codes = latents.codes.requires_grad_(learn)
         self.seeder = nac.seeder.requires_grad_(False)
 
@@ -874,7 +853,7 @@ class RandomLatent(nn.Module):
 
     def __init__(self, code, state):
         super().__init__()
-        # Buffers outside the state dict: like all initial values they are a function of the seed.
+        # Not in the state dict: they are a function of the seed.
         self.register_buffer("codes", code, persistent=False)
         self.register_buffer("states", state, persistent=False)
 
@@ -883,14 +862,14 @@ class RandomLatent(nn.Module):
 
 
 class TokenCodes(nn.Module):
-    """Codes for M's tokens B N D, those of the latents that they stand for. -> N C"""
+    """Codes for M's tokens B N D. -> N C"""
 
     def __init__(self, codes):
         super().__init__()
         self.register_buffer("codes", codes.detach().clone(), persistent=False)
 
     def forward(self, tokens):
-        # One code per token, from the first again where tokens are more than codes.
+        # Where tokens outnumber codes, the codes repeat.
         n = torch.arange(tokens.shape[1], device=tokens.device)
         return self.codes[n % len(self.codes)]
 
@@ -908,7 +887,7 @@ class ReadInModule(nn.Module):
 
 
 class PropagatorModule(nn.Module):
-    """A propagator among M's tokens, which talk to one another. B N D -> B N D."""
+    """A propagator among M's tokens. B N D -> B N D."""
 
     def __init__(self, propagator, token_codes):
         super().__init__()
@@ -949,7 +928,7 @@ class ReadOutModule(nn.Module):
 
 
 def own_modules(nac):
-    """The L modules of a NAC inside M, with the circuit's latents and codes (distill.codes=own)."""
+    """The L modules of a NAC inside M, for distill.codes=own."""
     first, *later = nac.propagators
     mediators = nac.mediator_latents
     # The mediators' codes are also those of the tokens in later modules, so no module trains them.
@@ -961,7 +940,7 @@ def own_modules(nac):
 
 
 def original_modules(nac):
-    """The L modules of a NAC inside M, each with one random code (distill.codes=original)."""
+    """The L modules of a NAC inside M, for distill.codes=original."""
     modules, last = [], len(nac.propagators) + 1
     for module in nac.modules():  # a fixed code is not shaken either
         if isinstance(module, Jitter):
@@ -969,11 +948,11 @@ def original_modules(nac):
     for i in range(last + 1):
         token_codes = TokenCodes(torch.randn_like(nac.input_latents.codes[:1]))
         code = torch.randn_like(nac.input_latents.codes[:1]) if i in (0, last) else None
-        state = torch.randn(1, 1, nac.seeder.mu.out_features)
+        latent = RandomLatent(code, torch.randn(1, 1, nac.seeder.mu.out_features))
         if i == 0:
-            modules.append(ReadInModule(nac, RandomLatent(code, state)))
+            modules.append(ReadInModule(nac, latent))
         elif i == last:
-            modules.append(ReadOutModule(nac, RandomLatent(code, state), token_codes))
+            modules.append(ReadOutModule(nac, latent, token_codes))
         else:
             modules.append(PropagatorModule(nac.propagators[i - 1], token_codes))
     return modules
@@ -1002,10 +981,10 @@ def cut(model, config, role):
 
     A student's modules get stitches, none before the first module and none after the last.
     """
-    # A teacher's modules have the meta model's width, as in Deep Incubation, and fit into it as they are.
+    # A teacher's modules have the meta model's width, as in Deep Incubation.
     if role == "teacher":
         return list(model.parts)
-    # Seeded anew, so that stitches do not depend on which modules are trained together.
+    # Stitches do not depend on which modules are trained together.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         parts = NAC_MODULES[config["distill"]["codes"]](model) if isinstance(model, NAC) else model.parts
@@ -1020,15 +999,14 @@ def cut(model, config, role):
 
 @torch.no_grad()
 def join_stitches(model, modules, stitches):
-    """Sets what stands between modules of an assembled student: both stitches (keep) or one map (fold)."""
+    """Fills an assembled student's stitches: both (keep) or as one map (fold)."""
     for i, between in enumerate(model.stitches):
         post, pre = modules[i].post_stitch, modules[i + 1].pre_stitch
         if stitches == "keep":
             between.post.load_state_dict(post.state_dict())
             between.pre.load_state_dict(pre.state_dict())
         else:
-            # A NAC's stitches are linear, so two are one: pre(post(x)) = W_pre (W_post x + b_post) + b_pre,
-            # W = W_pre W_post, b = W_pre b_post + b_pre
+            # pre(post(x)) = W_pre (W_post x + b_post) + b_pre: W = W_pre W_post, b = W_pre b_post + b_pre
             between.weight.copy_(pre.weight @ post.weight)
             between.bias.copy_(pre.weight @ post.bias + pre.bias)
 
@@ -1045,11 +1023,11 @@ def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmea
     """Knowledge distillation: soft, a KL divergence at temperature τ, or hard, the teacher's choice as label.
 
     Logits B K, targets B K (unused, for losses of your own) -> (). reduction (of soft): batchmean divides by
-    B; mean, the paper's code, by B·K, which is weak beside the cross entropy.
+    B; mean, as the paper's code, by B·K.
     """
     if kind == "hard":
         return F.cross_entropy(student_logits, teacher_logits.argmax(-1))
-    # Both through log-softmax, because a probability that rounds to 0 would have an infinite logarithm.
+    # A probability that rounds to 0 would have an infinite logarithm, hence log_target.
     log_p, log_t = F.log_softmax(student_logits / tau, dim=-1), F.log_softmax(teacher_logits / tau, dim=-1)
     # KL(p_teacher ‖ p_student) · τ², summed over batch and classes. A softer target has gradients smaller by
     # 1/τ²; the factor keeps α's meaning when τ changes (Hinton et al., 1503.02531).
@@ -1085,7 +1063,6 @@ def build(config, role):
             model = NAC(ffn_ratio=c["mlp_ratio"], **common, **options(
                 "head_width latents propagators code_width signature_width tokenizer_stages tokenizer_blocks "
                 "grid_width grid_size"))
-        # A student that keeps its stitches, or has them folded, is a larger model than its baseline.
         stitches = config["assemble"]["stitches"] if role == "student" else "drop"
         for _ in range(modules_of(config) - 1 if stitches != "drop" else 0):
             kept = stitches == "keep"
@@ -1099,7 +1076,7 @@ def modules_of(config):
 
 
 def fit_graph_prior(model, config):
-    """Fits a fresh NAC's mediator signatures to the config's random graph -> a line to print, or None."""
+    """Fits a new NAC's mediator signatures to the config's graph -> a line to print, or None."""
     c = config["assemble"]
     if not isinstance(model, NAC) or c["graph"] == "none":
         return None
@@ -1115,7 +1092,7 @@ def fit_graph_prior(model, config):
 def set_drop_path(model, rate, by_module=False):
     """Stochastic depth: from 0 to `rate` over a ViT's blocks, linearly; constant over a NAC's propagators.
 
-    by_module: from 0 to `rate` over each module's blocks, as a V-MoE's modules have it in m2mKD.
+    by_module: over each module's blocks, as in m2mKD.
     """
     if isinstance(model, NAC):
         set_rates(model.propagators, rate, rate)
@@ -1125,9 +1102,9 @@ def set_drop_path(model, rate, by_module=False):
 
 
 def drop_in_hybrid(meta, teacher, i, rate):
-    """Stochastic depth in incubation: from 0 to `rate` over the hybrid's blocks, as in Deep Incubation.
+    """Stochastic depth from 0 to `rate` over the blocks of the hybrid M_{L-1} ∘ … ∘ T_i ∘ … ∘ M_0.
 
-    The hybrid is M_{L-1} ∘ … ∘ T_i ∘ … ∘ M_0. M's blocks drop, too, if M is in training mode.
+    As in Deep Incubation. M's blocks drop, too, if M is in training mode.
     """
     parts = [*meta.parts[:i], teacher.parts[i], *meta.parts[i + 1:]]
     set_rates([block for part in parts for block in part.blocks], 0, rate)
@@ -1242,7 +1219,7 @@ for prefix, block in BLOCKS.items():
 
 
 def allowed(value, kind):
-    """Whether a value from YAML has one of the types above."""
+    """Whether a value from YAML has the type of a key."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return allowed(value, inner[0]) and inner[1] <= value <= inner[2]
@@ -1262,7 +1239,7 @@ def allowed(value, kind):
 
 
 def describe(kind):
-    """A type in words: int from 1 to 9 · soft or hard · a list of int from 0."""
+    """A type in words: int from 1 to 9 · soft or hard."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return f"{inner[0].__name__} from {inner[1]} to {inner[2]}"
@@ -1300,15 +1277,12 @@ def parse(text, what):
     """YAML -> plain values. Raises UserError that begins with `what`."""
     try:
         return yaml.load(text, Yaml)
-    except Exception as e:  # PyYAML lets out errors of many kinds
+    except Exception as e:  # PyYAML raises errors of many kinds
         raise UserError(f"{what} is not YAML that can be read: {e}.") from None
 
 
 def load_config(path, overrides=()):
-    """Reads a YAML config, applies overrides ("distill.alpha=0.9"), checks all keys -> a nested dict of all.
-
-    Raises UserError: one sentence with the key, its value, what is allowed, or the nearest right name.
-    """
+    """A YAML config with overrides ("distill.alpha=0.9") -> a nested dict of all keys. Raises UserError."""
     chosen = read_keys(path)
     for override in overrides:
         chosen |= keys_of(override)
@@ -1331,20 +1305,20 @@ def read_keys(path):
     # An emptied block means its defaults.
     blocks = {prefix.rstrip(".") for prefix in BLOCKS} | {"train"}
     chosen = {key: value for key, value in chosen.items() if value is not None or key not in blocks}
-    # A run's own config.yaml is about this run, wherever its folder has been moved to.
+    # A run's folder may have been moved.
     if Path(path).name == "config.yaml":
         chosen["output_dir"] = str(Path(path).parent)
     return chosen
 
 
 def keys_of(override):
-    """An override -> {dotted key: value}; train.*.epochs=1 sets all stages."""
+    """An override -> {dotted key: value}; train.*.epochs=1 sets it for all stages."""
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"'{override}' is not an override such as distill.alpha=0.9.")
     values = {}
     for name in fnmatch.filter(KEYS, key) or [key]:
-        # A text is taken as it stands: output_dir=a #3
+        # A text is not parsed: output_dir=a #3
         plain = allowed("text", KEYS.get(name, (int,))[0]) and text != "null" and not text.startswith("[")
         values[name] = text if plain else parse(text, f"{key}={text}: the value")
     return values
@@ -1355,20 +1329,20 @@ def check_key(key, value):
     if key not in KEYS:
         near = difflib.get_close_matches(str(key), KEYS, 1, 0)[0]
         raise UserError(f"{key} is not a key; the nearest is {near}.")
-    if not allowed(value, KEYS[key][0]):
-        kind = describe(KEYS[key][0])
-        raise UserError(f"{key}={reprlib.repr(value)} is not allowed: it must be {kind}.")
+    kind = KEYS[key][0]
+    if not allowed(value, kind):
+        raise UserError(f"{key}={reprlib.repr(value)} is not allowed: it must be {describe(kind)}.")
 
 
 def expand_home(value):
-    """A value of the config with ~ replaced, in lists too; a copy."""
+    """A copy of a config's value, with ~ replaced."""
     if isinstance(value, list):
         return [expand_home(one) for one in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def check_fit(c):
-    """What must hold between keys. Raises UserError."""
+    """Raises UserError where keys contradict one another."""
     def require(truth, sentence):
         if not truth:
             raise UserError(sentence)
@@ -1423,9 +1397,9 @@ def unflatten(flat):
 
 
 def command_line(doc, roles=(), **more):
-    """Parses `--config FILE [--role ROLE] [key=value …]` -> the config, and the other options.
+    """Parses `--config FILE [role=ROLE] [key=value …]` -> the config, and the other options.
 
-    `more` are further options and argparse's words for them. role=… and the like work without the dashes too.
+    `more` are further options and argparse's words for them. Options work with and without dashes.
     """
     keys = "\n".join(f"{prefix}\n{inspect.getsource(block)}" for prefix, block in BLOCKS.items())
     keys += "\nint, float: from 0; Count: from 1; Fraction: from 0 to 1; Size: pixels."
@@ -1440,7 +1414,7 @@ def command_line(doc, roles=(), **more):
     own = tuple(f"{name}=" for name in ("config", "role", *more))
     words = parser.parse_intermixed_args([f"--{w}" if w.startswith(own) else w for w in sys.argv[1:]])
     config = load_config(words.config, words.overrides)
-    if config["precision"] == "auto":  # a result depends on it, so it is resolved before it is kept
+    if config["precision"] == "auto":  # resolved now, because results depend on it
         cuda = config["device"] in ("auto", "cuda") and torch.cuda.is_available()
         fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         config["precision"] = "bfloat16" if fast else "float32"
@@ -1448,17 +1422,14 @@ def command_line(doc, roles=(), **more):
 
 
 def run(main):
-    """Runs a main(). Bad input, a full disk or too little memory end in one sentence and exit code 2.
-
-    TRACEBACK=1 in the environment shows where an error came from.
-    """
+    """Runs a main(). Bad input, a full disk or too little memory end in one sentence and exit code 2."""
     for stream in (sys.stdout, sys.stderr):  # a terminal may know no Greek
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         main()
         data.close()
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        # torch's words for too little memory, for compile=true without a compiler, and for a dead worker
+        # torch's words for too little memory, for compile=true without a compiler, for a dead worker
         text = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, RuntimeError) and not re.search("alloc|compiler|DataLoader worker", text):
             raise
@@ -1468,7 +1439,7 @@ def run(main):
             text = text.rstrip(".") + ". TRACEBACK=1 in the environment shows where."
         if "DataLoader worker" in text:
             text += " If memory ran out, take fewer data.workers; if /dev/shm did, data.workers=0."
-        # In every process, because the bad image may be in this one's share.
+        # Every process prints, because a bad image may be in its share alone.
         print("error:", text, file=sys.stderr)
         sys.exit(2)
 
@@ -1495,7 +1466,7 @@ def write(path, put):
 
 
 def read(path, whole=True):
-    """One of our files; nothing in it is executed. `whole` compares checksums, which torch does not."""
+    """One of our files; nothing in it is executed. `whole` also compares checksums."""
     try:
         if whole:
             with zipfile.ZipFile(path) as archive:
@@ -1505,7 +1476,7 @@ def read(path, whole=True):
         if not isinstance(content, dict):
             raise ValueError("it holds no dict")
         return content
-    except Exception as e:  # pickle, zip and torch each have errors of their own for a broken or foreign file
+    except Exception as e:  # pickle, zip and torch have many kinds of errors for broken files
         reason = re.split(r"\n|\. ", str(e))[0].rstrip(".") or type(e).__name__  # EOFError has no words
         raise UserError(f"{path} is no file of this project that can be read: {reason}. (tools/convert.py "
                         "reads those of others.)") from None
@@ -1525,15 +1496,12 @@ def load(path):
 
 
 def load_weights(model, path):
-    """Reads one of our files into a whole model, or into one module."""
+    """Reads one of our files into a model or a module."""
     load_state(model, read(path).get("model", {}), path)
 
 
 def load_state(model, state, path, keep=()):
-    """Loads a state dict into `model`, whole or not at all. Tensors named `keep…` stay as they are.
-
-    Raises UserError naming the first tensor that is missing, unexpected or of another shape.
-    """
+    """Loads a state dict, whole or not at all; tensors named `keep…` stay. Raises UserError on a misfit."""
     own = model.state_dict()
     state = {name: value for name, value in state.items() if not name.startswith(keep)}
     state |= {name: value for name, value in own.items() if name.startswith(keep)}
@@ -1549,7 +1517,7 @@ def load_state(model, state, path, keep=()):
 
 
 def check_finite(state, what):
-    """Returns a state dict; raises UserError if a tensor in it is not finite."""
+    """Returns a state dict of finite tensors; raises UserError for any other."""
     for name, value in state.items():
         if value.is_floating_point() and not value.float().isfinite().all():
             raise UserError(f"{what}: the tensor {name} is not finite; a lower learning rate may help.")
@@ -1572,12 +1540,12 @@ STAGES = {
     "baseline_kd": ("finetune.py", "baseline_kd",
                     ["student", "assemble", "distill", "train.student", "train.baseline_epochs"]),
 }
-# Keys that change no result.
+# Keys that change no result
 LEFT_OUT = ("data.root", "data.workers", "data.test_images", "data.robustness")
 
 
 def parents(config, name):
-    """The stages whose results a stage builds on. A teacher is needed only where α > 0."""
+    """The stages that a stage builds on. A teacher is needed only where α > 0."""
     teacher = ["teacher"] if alpha_of(config, name) > 0 else []
     return {"incubate": ["meta"], "assemble_teacher": ["incubate"], "teacher": ["assemble_teacher"],
             "distill": ["meta", *teacher], "assemble_student": ["distill"],
@@ -1595,8 +1563,7 @@ def files(config, name):
 def stages(config, goals=("student", "baseline")):
     """What is still to be made for the goals, in order: [(script, role, stage)].
 
-    The walk goes back from the goals. A stage whose files are there is done, and what only it needs is not
-    made.
+    The walk goes back from the goals and stops at stages whose files are there.
     """
     missing = set()
 
@@ -1612,7 +1579,7 @@ def stages(config, goals=("student", "baseline")):
 
 
 def settings(config, name):
-    """{dotted key: value} of what a stage's result depends on: kept in its files, compared later."""
+    """{dotted key: value} of all that a stage's result depends on; its files keep it."""
     known = {}
     for parent in parents(config, name):
         imported = {file: made for file in files(config, parent) if (made := imported_from(config, file))}
@@ -1635,7 +1602,7 @@ def about_version(path, changed):
 
 
 def imported_from(config, file):
-    """Which weights from elsewhere tools/convert.py made a file of; None for what a stage made."""
+    """From which foreign file tools/convert.py made this one; None if a stage made it."""
     return next((about(path)["imported"] for path in paths(config, file) if "imported" in about(path)), None)
 
 
@@ -1653,13 +1620,13 @@ def compare(old, new, path, config):
 
 
 def folders(config):
-    """The run's own folder, then those of the runs that it shares."""
+    """The run's folder, then those that it shares."""
     share = config["share"] or []
     return [config["output_dir"], *([share] if isinstance(share, str) else share)]
 
 
 def paths(config, file):
-    """Where there is a file of this name: in the run's folder, then in those that it shares."""
+    """The files of this name: in the run's folder, then in those that it shares."""
     return [path for folder in folders(config) if (path := Path(folder, file)).exists()]
 
 
@@ -1667,7 +1634,7 @@ def finished(config, name, file, evaluating=False):
     """Path of a stage's finished file, in the run's folder or a shared one; None if it is still to be made.
 
     A file made with other settings is passed over; in the run's folder it is refused. Imported weights must
-    only be of the config's model. `evaluating`: what a run was built on may be gone, and precision is free.
+    only fit the model. `evaluating`: precision is free, and what the run was built on may be gone.
     """
     for path in paths(config, file):
         made = about(path)
@@ -1687,7 +1654,7 @@ def finished(config, name, file, evaluating=False):
 
 
 def needed(config, name, file):
-    """Path of a finished file that the next stage builds on. Raises UserError if it is not there."""
+    """Path of a finished file. Raises UserError if it is not there."""
     if path := finished(config, name, file):
         return path
     raise UserError(f"{Path(config['output_dir'], file)} is not there yet: run the stage that makes it, or "
@@ -1695,7 +1662,7 @@ def needed(config, name, file):
 
 
 def check_inputs(config):
-    """Looks at the shared folders and lists every set of images before anything is trained."""
+    """Checks the shared folders and all sets of images before anything is trained."""
     for folder in folders(config)[1:]:
         if not Path(folder).is_dir():
             raise UserError(f"share={folder} is not a run's folder.")
@@ -1704,7 +1671,7 @@ def check_inputs(config):
 
 
 def frozen(config, role, process):
-    """The finished meta model or teacher, in evaluation mode and without gradients."""
+    """The finished meta model or teacher, in evaluation mode, without gradients."""
     model = build(config, role)
     load_weights(model, needed(config, role, f"{role}.pt"))
     if config["compile"]:
@@ -1713,9 +1680,8 @@ def frozen(config, role, process):
 
 
 def compile_blocks(model):
-    """torch.compile of the blocks of a model or a module, in place. Equal blocks share one compilation."""
-    # Of whole modules every depth and place would be compiled for itself. That takes longer, and after eight
-    # times torch gives up and runs the rest uncompiled.
+    """torch.compile of all blocks, in place."""
+    # Equal blocks share one compilation. Whole modules would share none, and torch gives up after eight.
     for block in model.modules():
         if isinstance(block, (Block, Tokenizer, ReadIn, Propagator, ReadOut)):
             block.compile()
@@ -1733,10 +1699,10 @@ def begin(config, process):
 
 
 def save_finished(config, name, file, state, class_names=None, imported=None):
-    """Writes a stage's result: the weights, and all that it takes to use them."""
+    """Writes a stage's result: the weights and what it takes to use them."""
     path = Path(config["output_dir"], file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # On the CPU, so that torch reads the file on a machine without a GPU.
+    # On the CPU, for machines without a GPU.
     state = {key: value.cpu() for key, value in check_finite(state, path).items()}
     origin = {"imported": imported} if imported else {"settings": settings(config, name), "code": code()}
     content = {"model": state, "stage": name, **origin, "config": config, "class_names": class_names}
@@ -1757,7 +1723,7 @@ def say(process, text):
 
 
 def announce(process, text):
-    """Prints what a command does; run.sh says which of how many it is."""
+    """Prints a line after run.sh's count of commands."""
     say(process, os.environ.get("STAGE", "") + text)
 
 
@@ -1767,20 +1733,20 @@ TITLES = {"meta": "meta model", "incubate": "teacher modules", "distill": "m2mKD
 
 
 class Stage:
-    """Optimizers, schedule, noise, log and checkpoint of one stage, so that a script holds the method alone.
+    """Optimizers, schedule, noise, log and checkpoint of one stage.
 
-        stage = Stage(config, process, "distill", {i: module, …}, {i: file, …}, images)   # resumes
-        for epoch in stage.epochs():                          # those that are still to be done
-            for images, targets in stage.batches(epoch):      # from the step at which it stopped
+        stage = Stage(config, process, "distill", {i: module, …}, {i: file, …}, images)  # resumes
+        for epoch in stage.epochs():
+            for images, targets in stage.batches(epoch):  # from the step at which it stopped
                 stage.seed_noise(i)
-                …                                             # a loss and its backward() for each module
+                …                                         # a loss and its backward() for each module
                 stage.record(i, loss, logits, targets)
-                stage.step()                                  # AdamW, after `accumulate` batches
-            stage.end_epoch({i: validation accuracy})         # a line of the log, then the checkpoint
-        stage.finish()                                        # the files; the checkpoint goes
+                stage.step()                              # AdamW, after `accumulate` batches
+            stage.end_epoch({i: validation accuracy})     # log, checkpoint
+        stage.finish()                                    # the files; the checkpoint goes
 
     Modules are trained side by side, each with its own AdamW. A whole model is one, named like its stage.
-    A job of its own for one module (only=i) has a checkpoint of its own, too.
+    only=i: a job for module i alone, with a checkpoint of its own.
     """
 
     def __init__(self, config, process, name, modules, files, images, only=None):
@@ -1798,14 +1764,18 @@ class Stage:
         self.number = self.resume() if self.path.exists() else 0
         self.agree()
         begin(config, process)
-        for module in modules.values() if config["compile"] else ():
-            compile_blocks(module)
-        # What the loop calls: the modules themselves, or wrapped so that processes share their gradients.
+        if config["compile"]:
+            for module in modules.values():
+                compile_blocks(module)
+        # What the loop calls.
         self.wrapped = {i: self.distributed(module) for i, module in modules.items()}
-        # From here on a signal to end saves before the process leaves; before, there is nothing to save.
-        self.stopping = False
+        # From here on a signal to end saves first.
+        self.stopping, (self.listener, speaker) = False, os.pipe()
+        os.set_blocking(speaker, False)
+        signal.set_wakeup_fd(speaker, warn_on_full_buffer=False)
         for number in data.SIGNALS:
-            signal.signal(number, self.on_signal)
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self.listen, daemon=True).start()
         several = "" if name in modules else f"{len(modules)} modules, "
         epochs = "1 epoch" if c["epochs"] == 1 else f"{c['epochs']} epochs"
         resumed = f", resumed at step {self.number}" if self.number else ""
@@ -1822,14 +1792,18 @@ class Stage:
                 raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all need the "
                                 "same output_dir and the same data.")
 
-    def on_signal(self, *_):
-        """Asks the loop to save and leave at its next check. A second signal ends the process at once."""
-        self.stopping = True
-        for number in data.SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+    def listen(self):
+        """A thread: a signal asks the loop to save and leave at its next check, another ends the process.
+
+        A handler of Python's would not run while the process waits for others inside torch.
+        """
+        while number := os.read(self.listener, 1):
+            if number[0] in data.SIGNALS and self.stopping:
+                os._exit(128 + number[0])
+            self.stopping = self.stopping or number[0] in data.SIGNALS
 
     def resume(self):
-        """Loads what a run that was cut off had reached -> its step. Raises UserError on other settings."""
+        """Loads an unfinished stage's checkpoint -> its step. Raises UserError on other settings."""
         saved = read(self.path, whole=self.process.rank == 0)
         if (before := saved["settings"]["processes"]) != self.process.world:
             raise UserError(f"processes was {before} when {self.path} was begun, now it is "
@@ -1843,11 +1817,11 @@ class Stage:
         return saved["number"]
 
     def distributed(self, module):
-        """The module as the loop calls it: several processes average gradients during the backward pass."""
+        """The module, wrapped so that several processes average their gradients."""
         if self.process.world == 1:
             return module
-        # find_unused_parameters is the one setting that never regroups gradients, so that a resumed run sums
-        # them in the same order (tests/test_runs.py). It warns if none is unused, so one is.
+        # Only find_unused_parameters never regroups gradients, so that a resumed run sums them in the same
+        # order (tests/test_runs.py). It warns if none is unused, so one is.
         module = nn.Sequential(module)
         module.unused = nn.Parameter(torch.zeros((), device=self.process.device))
         return DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True)
@@ -1856,10 +1830,10 @@ class Stage:
         return range(self.number // self.steps, self.c["epochs"])
 
     def batches(self, epoch):
-        """The rest of an epoch's (images, targets) of this process, on its device."""
+        """The rest of an epoch's (images, targets) of this process."""
         self.epoch, self.began = epoch, time.time()
         first, accumulate = self.number % self.steps, self.c["accumulate"]
-        # Loss·images, correct, images. On the device, because reading a number waits for the GPU.
+        # Loss·images, correct, images; on the device, because reading a number synchronizes the GPU.
         self.sums = {i: torch.zeros(3, device=self.process.device) for i in self.modules}
         for module in self.modules.values():
             module.train()
@@ -1868,13 +1842,13 @@ class Stage:
         self.bar = tqdm(batches, title, total, disable=self.process.rank > 0 or None, leave=False)
         for batch, pair in enumerate(self.bar):
             self.batch = batch
-            for module in self.wrapped.values():  # gradients travel once a step: what DDP.no_sync() sets
+            for module in self.wrapped.values():  # gradients travel once a step, as under DDP.no_sync()
                 module.require_backward_grad_sync = (batch + 1) % accumulate == 0
             yield pair
         self.trained = time.time() - self.began
 
     def seed_noise(self, *part):
-        """Makes all noise from here on (stochastic depth, jitter, kernel, Gumbel) a function of the place.
+        """Makes the noise from here on a function of the place in training.
 
         So a resumed run needs no random state, and a module gets the same noise alone as among all others.
         """
@@ -1892,7 +1866,6 @@ class Stage:
         """One AdamW step of every module, after the last of `accumulate` batches."""
         if (self.batch + 1) % self.c["accumulate"]:
             return
-        # The rate is a function of the step alone, so a resumed run has no schedule to restore.
         self.lr = learning_rate(self.number, self.steps, self.c, self.total_batch)
         for i, module in self.modules.items():
             for group in self.optimizers[i].param_groups:
@@ -1902,13 +1875,13 @@ class Stage:
             self.optimizers[i].step()
             self.optimizers[i].zero_grad()
         self.number += 1
-        # Not at every step, because reading a number waits for the GPU, and asking the others takes time.
+        # Not at every step, because reading a number synchronizes the GPU and the processes.
         due = self.number % 20 == 0 or self.stopping and self.process.world == 1
         if due and self.number % self.steps and self.check():
             self.leave()
 
     def check(self):
-        """Whether any process is asked to end. Raises UserError in all if a loss is not finite in any."""
+        """Whether any process is asked to end. Raises UserError in all if a loss in any is not finite."""
         stop = torch.tensor([float(self.stopping)], device=self.process.device)
         *sums, stop = data.sum_over_processes(torch.cat([*self.sums.values(), stop])).tolist()
         self.totals = {i: sums[3 * k:3 * k + 3] for k, i in enumerate(self.modules)}
@@ -1920,11 +1893,11 @@ class Stage:
         return stop > 0
 
     def end_epoch(self, validated):
-        """Writes the epoch's lines of the log, the checkpoint, the line on the screen. validated: {i: %}"""
+        """Writes log and checkpoint, prints a line. validated: {i: accuracy in %}"""
         stop, seconds = self.check(), time.time() - self.began
         lines = [self.log_line(i, validated[i], seconds / len(self.modules)) for i in self.modules]
         if self.process.rank == 0:
-            # The log first: an epoch that a kill makes us repeat writes its lines again; the last ones count.
+            # The log first: an epoch that is repeated after a kill logs again, and its last lines count.
             append(Path(self.config["output_dir"], "log.jsonl"), lines)
         self.save()
         self.print_epoch(lines, seconds)
@@ -1954,11 +1927,11 @@ class Stage:
                           f"{seconds:.0f} s")
 
     def save(self):
-        """Writes all that the stage needs to go on. Weights that are not finite never replace good ones."""
+        """Writes the checkpoint. Weights that are not finite never replace good ones."""
         for i, module in self.modules.items():
             place, adamw = f"{self.name}: step {self.number} of {i}", self.optimizers[i].state_dict()["state"]
             check_finite(module.state_dict(), place)
-            # A gradient's square may overflow where the step does not; its parameter would never move again.
+            # A gradient's square may overflow; its parameter would never move again.
             check_finite(flatten(adamw), f"{place}, AdamW")
         if self.process.rank == 0:
             content = {"settings": self.settings, "number": self.number,
@@ -1973,7 +1946,7 @@ class Stage:
         sys.exit(143)
 
     def finish(self):
-        """Writes each module's weights with the settings that they were made with; the checkpoint goes."""
+        """Writes each module's file and removes the checkpoint."""
         if self.process.rank == 0:
             for i, file in self.files.items():
                 save_finished(self.config, self.name, file, self.modules[i].state_dict(),
@@ -1983,6 +1956,7 @@ class Stage:
             self.lock.close()
         for number in data.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        os.close(signal.set_wakeup_fd(-1))  # the thread ends
 
 
 def skip(config, process, name, only=None):
@@ -1995,7 +1969,7 @@ def skip(config, process, name, only=None):
 
 
 def checkpoint_path(config, name, only=None):
-    """Where an unfinished stage is kept. A pass over all modules has one file, a job for one its own."""
+    """An unfinished stage's file: one for a pass over all modules, another for a job for one."""
     file = Path(config["output_dir"], files(config, name)[only or 0])
     if name in ("incubate", "distill") and only is None:
         return file.with_name("unfinished.pt")
@@ -2003,7 +1977,7 @@ def checkpoint_path(config, name, only=None):
 
 
 def lock(path):
-    """An open file that no other process has locked. It is unlocked when this process ends, killed or not."""
+    """An open file, locked until this process ends, even if it is killed."""
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2015,14 +1989,14 @@ def lock(path):
 
 
 def alpha_of(config, name):
-    """α of a stage: the weight of the teacher's lesson in its loss. 0: it needs no teacher."""
+    """α of a stage; 0: it needs no teacher."""
     if name == "student":
         return config["train"]["student"]["alpha"]
     return config["distill"]["alpha"] if name in ("distill", "baseline_kd") else 0.0
 
 
 def schedule(config, name):
-    """A stage's block of `train`: with its name, the stage's epochs, and α."""
+    """A stage's block of `train`, with the block's name, the stage's epochs and α."""
     block = "student" if name.startswith("baseline") else name
     c = {**config["train"][block], "block": block, "alpha": alpha_of(config, name)}
     if block != name and config["train"]["baseline_epochs"] is not None:
@@ -2033,8 +2007,8 @@ def schedule(config, name):
 def optimizer(module, c):
     """AdamW over a module's trainable parameters; `c` is a stage's block of the config.
 
-    Only matrices decay: not biases (an expert's neither), gains, class token and position embedding. With
-    decay_all everything does, a NAC's codes and signatures too.
+    Only matrices and a NAC's codes and signatures decay: no biases (of experts neither), gains, class token
+    and position embedding. With decay_all everything does.
     """
     groups = {True: [], False: []}
     for name, p in module.named_parameters():
@@ -2046,34 +2020,31 @@ def optimizer(module, c):
 
 
 def learning_rate(step, steps_per_epoch, c, total_batch):
-    """Linear warm-up from 1e-6, then a cosine to the minimum: a pure function of the optimizer step."""
+    """Linear warm-up from 1e-6, then a cosine to the minimum: a function of the optimizer step alone."""
     scale = total_batch / 512
     peak, low = c["lr"] * scale, c["min_lr"] * (scale if c["scale_min_lr"] else 1)
     warm, end = c["warmup"] * steps_per_epoch, c["epochs"] * steps_per_epoch
     if step < warm:
         return 1e-6 + (peak - 1e-6) * step / warm
-    # lr = low + ½ (peak − low)(1 + cos π·t), t from 0 to 1 after the warm-up, or over all steps
+    # lr = low + ½ (peak − low)(1 + cos π·t), t from 0 to 1
     t = (step - warm) / max(1, end - warm) if c["warmup_prefix"] else step / end
     return min(peak, low) + 0.5 * max(0.0, peak - low) * (1 + math.cos(math.pi * t))
 
 
 def autocast(config, device):
-    """Mixed precision, if the config's precision says so."""
+    """Mixed precision, where the config's precision is bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
 
 
 def log_extras(module):
-    """For the log: each expert's share of the last batch's tokens, a row per mixture; or linked pairs."""
-    load = [[round(share, 3) for share in m.load.tolist()] for m in module.modules() if isinstance(m, MoE)]
-    linked = {"linked": linked_pairs(module)} if isinstance(module, NAC) else {}
-    return {"expert_load": load} if load else linked
-
-
-@torch.no_grad()
-def linked_pairs(nac):
-    """Share in % of the mediators' pairs that the kernel lets talk."""
-    s = nac.mediator_latents.signatures
-    return 100 * (distance(s, s) <= TRUNCATION).triu(1).sum().item() / max(1, len(s) * (len(s) - 1) // 2)
+    """For the log: each expert's share of the last batch's tokens; of a NAC, mediators' linked pairs in %."""
+    if isinstance(module, NAC):
+        s = module.mediator_latents.signatures
+        linked = (distance(s, s) <= TRUNCATION).triu(1).sum().item()
+        return {"linked": 100 * linked / max(1, len(s) * (len(s) - 1) // 2)}
+    mixtures = [m for m in module.modules() if isinstance(m, MoE)]
+    load = [[round(share, 3) for share in m.load.tolist()] for m in mixtures]  # a row per mixture
+    return {"expert_load": load} if load else {}
 
 
 def parameters(module):
@@ -2082,7 +2053,7 @@ def parameters(module):
 
 
 def append(path, lines):
-    """Appends lines to a .jsonl file; a last line that was cut short stays a line of its own."""
+    """Appends lines to a .jsonl file; a last line that a kill cut short stays a line of its own."""
     with open(path, "a+") as file:
         file.seek(max(0, file.tell() - 1))
         if file.read() not in ("", "\n"):

@@ -151,6 +151,13 @@ def end(started, seconds=60):
     return os.waitstatus_to_exitcode(status[1]), out.read_text()
 
 
+def wait_for_a_line(started, seconds=60):
+    """Waits until a started command has printed something."""
+    while not (started[1].exists() and started[1].read_text()):
+        assert (seconds := seconds - 0.05) > 0, "it printed nothing"
+        time.sleep(0.05)
+
+
 def run(script, path, *words, before=None, expect=0):
     """Runs a command in a fork -> its output; its exit code must be `expect`."""
     code, text = end(start(script, path, *words, before=before))
@@ -756,9 +763,7 @@ def test_a_second_job_on_a_stage_is_refused_and_a_killed_one_does_not_block(tmp_
         models.Stage.step = lambda stage: time.sleep(60)
 
     waiting = start("finetune", path, "role=meta", before=wait)
-    while not (waiting[1].exists() and "parameters" in waiting[1].read_text()):
-        assert not os.waitpid(waiting[0], os.WNOHANG)[0]
-        time.sleep(0.05)
+    wait_for_a_line(waiting)
     other = path.with_name("other.yaml")
     shutil.copy(path, other)
     text = one_sentence(run("finetune", other, "role=meta", expect=2))
@@ -886,8 +891,9 @@ def test_a_hung_process_ends_the_others_after_the_stated_patience_or_at_a_second
             calls.append(1), time.sleep(50 * (len(calls) == 2 and rank == 1)), rate(*args))[-1]
 
     waiting, hung = start_processes(2, "finetune", write_config(tmp_path), "role=meta", before=hang)
+    wait_for_a_line(waiting)
     for _ in range(signals):
-        time.sleep(4)  # the second step has begun
+        time.sleep(2)  # by now it waits
         os.kill(waiting[0], signal.SIGTERM)
     code, text = end(waiting, seconds=25)
     os.kill(hung[0], signal.SIGKILL)
@@ -920,7 +926,7 @@ def stopped(line, signal_to, seconds=90, env=()):
     """Starts a command line, sends SIGTERM after its second epoch -> its output, its exit code."""
     job = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, start_new_session=True,
                            env=ENV | dict(env))
-    while not (text := job.stdout.readline()).startswith(("meta model 2/", "m2mKD 2/")):
+    while not re.match(r"(meta model|m2mKD) +2/", text := job.stdout.readline()):
         assert text, "it ended"
     signal_to(job.pid, signal.SIGTERM)
     try:

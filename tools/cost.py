@@ -10,7 +10,6 @@ variable GOAL, such as GOAL=distill, ends table and list with that stage.
 
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -27,7 +26,6 @@ TRAIN_IMAGES = {"imagenet": 1281167, "tiny_imagenet": 100000, "tiny_imagenet_200
 
 
 def main():
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this process without a traceback
     option = {"action": "store_true", "help": "check everything and print what run.sh has to run"}
     config, words = models.command_line(__doc__, list=option)
     goal = os.environ.get("GOAL")
@@ -35,49 +33,41 @@ def main():
         raise data.UserError(f"GOAL={goal} is not one of the stages {', '.join(models.STAGES)}.")
     if int(os.environ.get("RANK", 0)):
         return
-    few = config["few_shot"]["root"]
-    if few and (os.path.exists(few) or words.list and not goal):
-        few_shot.few_shot_set(config)
     to_do, done = plan(config, [goal] if goal else ["student", "baseline"], words.list)
     if not words.list:
         return print_table(config, to_do, done)
+    last = [] if goal else ["evaluate.py role=all", f"tools/report.py {config['output_dir']}"]
+    if config["few_shot"]["root"] and not goal:
+        few_shot.few_shot_set(config)
+        last.insert(1, "tools/few_shot.py role=all")
     if done:
-        print(f"finished already: {', '.join(done)}", file=sys.stderr)
-    lines = [f"{script} role={role}" for script, role, _ in to_do]
-    if not goal:
-        lines.append("evaluate.py role=all")
-        if few:
-            lines.append("tools/few_shot.py role=all")
-        lines.append(f"tools/report.py {config['output_dir']}")
-    print(*lines, sep="\n")
+        odd = [name for name in done if made_by_other_code(config, name)]
+        note = f" ({', '.join(odd)}: made by other code)" if odd else ""
+        print(f"finished already: {', '.join(done)}{note}", file=sys.stderr)
+    print(*[f"{models.STAGES[name][0]} role={models.STAGES[name][1]}" for name in to_do], *last, sep="\n")
 
 
 def plan(config, goals, strict):
-    """-> what has to run, [(script, role, name)], and the names of the finished stages that it builds on.
+    """-> the names of the stages that have to run, and of the finished ones that these or the goals need.
 
     Raises UserError where the run would. Sets that are not here are an error only if `strict`.
     """
     if strict or os.path.exists(config["data"]["root"]):
         models.check_inputs(config)
-        to_do = models.stages(config, goals)
+        to_do = [name for *_, name in models.stages(config, goals)]
     else:  # only of imported files is it known that they fit
         given = [name for name in models.STAGES
                  if all(models.imported_from(config, file) for file in models.files(config, name))]
-        names = {name for goal in goals for name in stages_before(config, goal, given)} - {*given}
-        to_do = [(*models.STAGES[name][:2], name) for name in models.STAGES if name in names]
-    names = [name for _, _, name in to_do]
-    for script, role, name in to_do:
-        if script != "assemble.py":
+        before = {name for goal in goals for name in stages_before(config, goal, given)}
+        to_do = [name for name in models.STAGES if name in before and name not in given]
+    for name in to_do:
+        with torch.device("meta"):
+            models.build(config, models.STAGES[name][1])
+        if not name.startswith("assemble"):
             s = models.schedule(config, name)
             data.steps_per_epoch(images_of(config, name), s["batch"], 1, s["accumulate"], s["block"])
-        try:
-            with torch.device("meta"):
-                models.build(config, role)
-        except data.UserError as e:
-            raise data.UserError(f"{name} cannot be made: {e} If its result, or that of a later stage, comes "
-                                 "from elsewhere, import it first with tools/convert.py.") from None
-    wanted = {*goals, *(parent for name in names for parent in models.parents(config, name))}
-    return to_do, [name for name in models.STAGES if name in wanted and name not in names]
+    needed = {*goals, *(parent for name in to_do for parent in models.parents(config, name))}
+    return to_do, [name for name in models.STAGES if name in needed and name not in to_do]
 
 
 def stages_before(config, name, stop=()):
@@ -88,35 +78,42 @@ def stages_before(config, name, stop=()):
     return list(dict.fromkeys([*names, name]))
 
 
+def made_by_other_code(config, name):
+    """Whether the code has changed since a stage was finished. Imported weights were made by no code of ours."""
+    paths = [models.finished(config, name, file) for file in models.files(config, name)]
+    return any(models.about(path).get("code", models.code()) != models.code() for path in paths)
+
+
 def print_table(config, to_do, done):
     """Prints what each stage trains and takes, and the sum over all that are still to be made."""
-    world, sums = int(os.environ.get("WORLD_SIZE", 1)), [0.0, 0.0]
+    world, total = int(os.environ.get("WORLD_SIZE", 1)), 0.0
     print("stage     parameters     images epochs     steps batch  learning rate     state GiB       TMAC"
           "   GPU hours")
     for name in done:
         print(f"{name:16}  finished")
-    for name in [name for script, _, name in to_do if script != "assemble.py"]:
+    for name in [name for name in to_do if not name.startswith("assemble")]:
         s, images = models.schedule(config, name), images_of(config, name)
         parameters, state, macs = cost(config, name)
         batch = s["batch"] * world * s["accumulate"]
         low = s["min_lr"] * (batch / 512 if s["scale_min_lr"] else 1)
         steps = data.steps_per_epoch(images, s["batch"], world, s["accumulate"], s["block"]) * s["epochs"]
-        tmac = macs * steps * world * s["accumulate"] / 1e12
-        hours = 2 * tmac / 150 / 3600
-        sums = [sums[0] + tmac, sums[1] + hours]
+        macs *= steps * world * s["accumulate"]
+        total += macs
         print(f"{name:9}{parameters:12,}{images:11,}{s['epochs']:7}{steps:10,}{batch:6}  "
-              f"{s['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}{short(tmac):>11}"
-              f"{short(hours, 0.01):>12}")
-    print(f"to do{short(sums[0]):>84}{short(sums[1], 0.01):>12}")
+              f"{s['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}{tmac_and_hours(macs)}")
+    print(f"to do{tmac_and_hours(total):>96}")
     print("images: of an epoch; batch: of all processes and one step; state: weights, gradients and AdamW's\n"
           "moments of a process in float32, and activations come on top; TMAC: 10^12 multiply-adds of all\n"
           "epochs, forward and backward; GPU hours: hours at 150 TFLOP/s a GPU, of all GPUs together")
 
 
-def short(number, least=0.0):
+def tmac_and_hours(macs):
+    hours = 2 * macs / 150e12 / 3600
+    return f"{short(macs / 1e12):>11}{'< 0.01' if 0 < hours < 0.01 else short(hours):>12}"
+
+
+def short(number):
     """Three digits, of thousands all digits before the point."""
-    if 0 < number < least:
-        return f"< {least}"
     return f"{number:,.0f}" if 1000 <= number < 1e6 else f"{number:.3g}"
 
 
@@ -137,10 +134,8 @@ def images_of(config, name):
 def cost(config, name, only=()):
     """-> trainable parameters; bytes of weights, gradients and AdamW's moments; multiply-adds of a batch.
 
-    The batch is that of one process, train.<stage>.batch images. The bytes do not count activations.
-    Of a stage of modules, the multiply-adds are of those that `only` names, if it names any.
-    Multiply-adds are those of matrix products and convolutions, as the loops run them. What is small beside
-    them is left out (routers, the graph regularizer), and so is validation.
+    The batch is that of one process. The multiply-adds are those of matrix products and convolutions in
+    training, of a stage of modules those of the modules in `only`, if it names any.
     """
     role = {"incubate": "teacher", "distill": "student"}.get(name, name)
     alone = name == role  # a whole model, not modules in the meta model

@@ -9,8 +9,8 @@
     python tools/prepare.py renditions OUT FOLDER           the test images of a folder, redrawn
     python tools/prepare.py tiny_imagenet_r OUT FOLDER      ImageNet-R, squashed to 64 x 64 pixels
 
-An .npz also holds renditions of its test images. A set that is not all there is refused. OUT is written whole
-or not at all: an .npz is replaced, a folder must be new or empty.
+An .npz also holds renditions of its test images. OUT is written whole or not at all: an .npz is replaced, a
+folder must be new or empty.
 """
 
 import functools
@@ -79,10 +79,8 @@ def save_folder(out, files):
             file.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Image.Image):
                 content.save(file)
-            elif os.access(content, os.R_OK):
-                file.symlink_to(content.resolve())
             else:
-                raise UserError(f"{content} is not there or cannot be read; unpack the set again.")
+                file.symlink_to(content.resolve(strict=True))
         os.replace(unfinished, out)
         print(out, "is complete")
     finally:
@@ -93,7 +91,7 @@ def save_folder(out, files):
 
 # No pair that a small rotation or shear turns into each other (O Q 0, I 1, U V …). `lower_case` is for
 # few-shot, classes that no model has seen: no small letter that is a small capital.
-GLYPHS = {"glyphs": "ABCDEFGHJKLMNPRSTWXYZ347", "lower_case": "abdefghijmnqrt"}
+GLYPHS, LOWER_CASE = "ABCDEFGHJKLMNPRSTWXYZ347", "abdefghijmnqrt"
 # A glyph depends on its index alone, and splits never share an index.
 FIRST_INDEX = {"train": 0, "validation": 1 << 40, "test": 2 << 40}
 
@@ -101,17 +99,14 @@ FIRST_INDEX = {"train": 0, "validation": 1 << 40, "test": 2 << 40}
 def draw_set(characters, out, train, validation, test, size=32):
     splits = {}
     for split, count in {"train": train, "validation": validation, "test": test}.items():
-        # Classes by turns, so that every split is balanced; data.load() shuffles the training images.
-        labels = np.arange(count) % len(characters)
-        images = np.empty((count, size, size, 3), np.uint8)
-        for i, label in enumerate(labels):
-            images[i] = draw_glyph(label, FIRST_INDEX[split] + i, size, characters)
-        splits[split] = images, labels
+        labels, first = np.arange(count) % len(characters), FIRST_INDEX[split]  # each class as often
+        images = [draw_glyph(label, first + i, size, characters) for i, label in enumerate(labels)]
+        splits[split] = np.stack(images), labels
     save_arrays(out, list(characters), splits)
 
 
-glyphs = functools.partial(draw_set, GLYPHS["glyphs"], train=5000, validation=1000, test=2000)
-lower_case = functools.partial(draw_set, GLYPHS["lower_case"], train=1400, validation=700, test=1400)
+glyphs = functools.partial(draw_set, GLYPHS, train=5000, validation=1000, test=2000)
+lower_case = functools.partial(draw_set, LOWER_CASE, train=1400, validation=700, test=1400)
 
 
 def demo():
@@ -122,9 +117,10 @@ def demo():
 @functools.cache
 def _glyph_mask(character, side):
     """The character in white on black, `side` pixels square, centered: drawn once, then only transformed."""
-    # Pillow's own scalable font: nothing to install. The stroke keeps it readable at 32 pixels.
-    mask, font, c = Image.new("L", (side, side)), ImageFont.load_default(size=0.8 * side), side / 2
-    ImageDraw.Draw(mask).text((c, c), character, fill=255, font=font, anchor="mm", stroke_width=side / 20)
+    mask, font = Image.new("L", (side, side)), ImageFont.load_default(size=0.8 * side)  # Pillow's own font
+    center = side / 2, side / 2
+    # The stroke keeps it readable at 32 pixels.
+    ImageDraw.Draw(mask).text(center, character, fill=255, font=font, anchor="mm", stroke_width=side / 20)
     return mask
 
 
@@ -141,11 +137,10 @@ def _placed(character, size, scale, angle, shear, x, y):
     return mask.transform((size, size), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
-def draw_glyph(label, index, size=32, characters=GLYPHS["glyphs"]):
-    """One glyph -> uint8 H W 3, a pure function of its arguments. About .2 ms at 32 x 32."""
+def draw_glyph(label, index, size=32, characters=GLYPHS):
+    """One glyph -> uint8 H W 3, a pure function of its arguments."""
     rng = np.random.default_rng(index)
-    # All numbers at once: one call of numpy costs more than many numbers.
-    uniform = iter(rng.random(64).tolist())
+    uniform = iter(rng.random(64).tolist())  # at once, because each call of numpy costs more
 
     def between(low, high):
         return low + (high - low) * next(uniform)
@@ -180,8 +175,8 @@ def draw_glyph(label, index, size=32, characters=GLYPHS["glyphs"]):
 
 
 def renditions(out, folder):
-    options = {"root": str(folder), "classes": None, "test_images": 0}
-    save_folder(out, redrawn(data.load({"data": options}, "test"), rendition))
+    images = data.load({"data": {"root": str(folder), "classes": None, "test_images": 0}}, "test")
+    save_folder(out, redrawn(images, rendition))
 
 
 def tiny_imagenet_r(out, folder):
@@ -223,9 +218,6 @@ FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 def fashion_mnist(out, folder=Path("/usr/share/datasets/fashion-mnist")):
     """Gray 28 x 28 images, zero padded to 32 x 32, the same in all three channels."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not there; install Debian's dataset-fashion-mnist, or give the folder "
-                        "of its four .gz files.")
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         # Gzipped IDX files: a header of 4 bytes and 4 more for each dimension, then the values.
@@ -242,57 +234,38 @@ def fashion_mnist(out, folder=Path("/usr/share/datasets/fashion-mnist")):
 
 def cifar100(out, folder):
     """CIFAR-100's binary version: records of coarse label, fine label, 3072 bytes (RGB planes of 32 x 32)."""
-    splits = {}
+    names, splits = (folder / "fine_label_names.txt").read_text().split(), {}
     for split in ("train", "test"):
-        raw = np.fromfile(folder / f"{split}.bin", np.uint8)
-        # No header, so only length and fine labels, every 3074th byte from the second, can be checked.
-        if not len(raw) or len(raw) % 3074 or raw[1::3074].max() > 99:
-            raise ValueError(f"{split}.bin does not hold whole records")
-        records = raw.reshape(-1, 3074)
-        splits[split] = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 1]
-    names = (folder / "fine_label_names.txt").read_text().split()
-    if len(names) != 100:
-        raise ValueError(f"fine_label_names.txt holds {len(names)} names")
+        records = np.fromfile(folder / f"{split}.bin", np.uint8).reshape(-1, 3074)
+        images, labels = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 1]
+        if len(names) != 100 or labels.max() > 99:  # there is no header to check
+            raise ValueError(f"{split}.bin: labels up to {labels.max()}; fine_label_names.txt: {len(names)}")
+        splits[split] = images, labels
     save_arrays(out, names, splits)
 
 
 def cub(out, folder):
-    """CUB-200-2011: three lists, joined by the image's number, say each file's class (from 1) and split."""
-    file, label, train = (dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
-                          for name in ("images", "image_class_labels", "train_test_split"))
-    found = {(file[n].split("/")[0], int(label[n]), train[n]) for n in file}
-    # Each class folder has one number, the numbers are 1, 2, 3 …, and each class is in both splits.
-    numbers = {name: number for name, number, _ in found}
-    whole = {(name, number, split) for name, number in numbers.items() for split in "01"}
-    if not found or found != whole or sorted(numbers.values()) != [*range(1, len(numbers) + 1)]:
-        raise ValueError("its lists lack classes or splits")
-    splits, images = {"1": "train", "0": "test"}, {n: folder / "images" / file[n] for n in file}
-    save_folder(out, [(f"{splits[train[n]]}/{image.parent.name}/{image.name}", image)
-                      for n, image in images.items()])
+    """CUB-200-2011: two lists, joined by the image's number, say each file's class folder and split."""
+    files, train = (dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
+                    for name in ("images", "train_test_split"))
+    if not files or files.keys() != train.keys():
+        raise ValueError("images.txt and train_test_split.txt do not list the same images")
+    splits = {"1": "train", "0": "test"}
+    save_folder(out, [(f"{splits[train[n]]}/{file}", folder / "images" / file) for n, file in files.items()])
 
 
 def tiny_imagenet(out, folder):
     """train/ is linked as it is, val/ by class. It comes as one folder and a list of file, class and box."""
-    train, val, flat = folder / "train", folder / "val", folder / "val/images"
-    names = data.class_folders(train)
-    data.read_folders(train, names, names)  # refuses what is empty or cannot be read
-    # Many people have sorted val/ into classes, within images/ or beside it, and not all of them removed
-    # what was there before.
-    loose = {path.name for path in flat.glob("[!.]*") if not path.is_dir()}
-    if loose and (val / "val_annotations.txt").is_file():
-        lines = (val / "val_annotations.txt").read_text().splitlines()
-        classes = dict(line.split()[:2] for line in lines)
-        if odd := sorted(loose ^ classes.keys()):
-            raise ValueError(f"only one of val/images/ and val/val_annotations.txt has {odd[0]}")
-        found, links = {*classes.values()}, [(f"val/{classes[file]}/{file}", flat / file) for file in classes]
-    else:
-        val = flat if (flat / names[0]).is_dir() else val
-        found = {*data.class_folders(val)} - {"images"}
-        data.read_folders(val, sorted(found), sorted(found))
-        links = [(f"val/{name}", val / name) for name in names]
-    if odd := sorted(found ^ {*names}):
-        raise ValueError(f"only one of {val} and train/ has the class {odd[0]}")
-    save_folder(out, [("train", train), *links])
+    names, flat = data.class_folders(folder / "train"), folder / "val/images"
+    data.read_folders(folder / "train", names, names)  # refuses what is empty or cannot be read
+    lines = (folder / "val/val_annotations.txt").read_text().splitlines()
+    classes = dict(line.split()[:2] for line in lines)
+    odd = {path.name for path in flat.glob("[!.]*")} ^ classes.keys() or {*classes.values()} ^ {*names}
+    if odd:
+        raise ValueError(f"val/images/, val/val_annotations.txt and train/ do not agree about {min(odd)}; a "
+                         "val/ that is sorted into class folders needs no preparation: data.root=FOLDER")
+    images = [(f"val/{name}/{file}", flat / file) for file, name in classes.items()]
+    save_folder(out, [("train", folder / "train"), *images])
 
 
 SETS = {"demo": demo, "glyphs": glyphs, "lower_case": lower_case, "fashion_mnist": fashion_mnist,
