@@ -3,10 +3,8 @@
 Sections 1 to 4 go with the method; the others can wait until you need them. Two ideas carry this file:
 (1) Randomness has no state: every draw is a function of (seed, stage, epoch, position in the epoch). A killed
     run resumes exactly from a step number, and several processes see the images that one would see.
-(2) Small sets live in memory as uint8, and whole batches are cropped and flipped on the device. Large sets
-    are read image by image in data-loader workers.
-
-A set is a folder of image files or an .npz of arrays; tools/prepare.py makes one of any other format.
+(2) Small sets (an .npz) live in memory, and whole batches are cropped and flipped on the device. Large sets
+    (a folder) are read image by image in data-loader workers. tools/prepare.py makes one of other formats.
 
 Axes: N images, B batch of one process, H = W image size, K classes. Images: uint8 N 3 H W.
 """
@@ -103,7 +101,7 @@ def setup(device="auto"):
         # One GPU per process; LOCAL_RANK counts the processes of one machine.
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise UserError(f"There are more processes than GPUs, {torch.cuda.device_count()}.")
+            raise UserError(f"There are more processes than GPUs ({torch.cuda.device_count()}).")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
         # TF32 for float32 products: three times the speed. The NAC's distance stays exact (models.distance).
@@ -118,12 +116,11 @@ def setup(device="auto"):
     return Setup(torch.device(device), rank, world)
 
 
-def gather(value):
+def gather(value, process):
     """[every process's value, in order]; any value that pickles."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * process.world
+    if process.world > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -149,8 +146,7 @@ def close():
 class ImageSet:
     """N labeled images, in memory (uint8 N 3 H W) or as files (N paths). labels: N indices into class_names.
 
-    present: None, or the only classes that this set has. The model then chooses among these alone, which is
-    how ImageNet-R's published numbers are made.
+    present: None, or the classes of a robustness set that has not all; the model chooses among these alone.
     """
 
     def __init__(self, labels, class_names, images=None, files=None, present=None):
@@ -216,8 +212,8 @@ def load(config, split, stage=None):
     settings = config["train"][stage]
     first, stop = settings["images"] or (0, len(order))
     if not first < stop <= len(order):
-        raise UserError(f"train.{stage}.images=[{first}, {stop}] is not a range within the {len(order)} "
-                        "training images; choose 0 <= first < stop <= that number.")
+        raise UserError(f"train.{stage}.images=[{first}, {stop}] is not a range of the {len(order)} training "
+                        "images.")
     return pool.take(np.tile(order[first:stop], settings["passes"]))
 
 
@@ -229,15 +225,14 @@ def _test_set(options, split):
         return subset(images, count if split == "test" or count < len(images) else 0, "data.test_images")
     folder, names = Path(split), class_names(options)
     if not folder.is_dir():
-        raise UserError(f"data.robustness={split!r} is neither a folder of classes nor a split of data.root="
-                        f"{options['root']}.")
+        raise UserError(f"data.robustness={split!r} is neither a folder nor a split of data.root.")
     # Folders of other names are left out: the model cannot choose them.
     found = [name for name in class_folders(folder) if name in set(names)]
     labeled = read_folders(folder, names, found)
     labeled.present = labeled.labels.unique()
     if len(labeled.present) < 2:
         raise UserError(f"data.robustness={split} has images of {len(labeled.present)} of the training set's "
-                        f"classes, which are called {names[0]!r} and so on; rename its folders.")
+                        f"classes, such as {names[0]!r}; rename its folders.")
     return labeled
 
 
@@ -328,8 +323,7 @@ def _crop_and_flip(pool, indices, options, rng, total, own):
     # Every process draws for all images of a step, `total`, and takes its own rows.
     dy, dx = (rng.integers(-pad, pad + 1, total)[own] for _ in range(2))
     flipped = (rng.random(total) < options["flip"])[own]
-    # Shift and flip only say which row and column each pixel comes from, so one indexing operation does both,
-    # for a batch of images that each move differently. A place outside is clipped to the edge.
+    # Shift and flip only say which row and column each pixel comes from: one indexing operation does both.
     rows = np.clip(np.arange(height) + dy[:, None], 0, height - 1)  # B H
     columns = np.clip(np.arange(width) + dx[:, None], 0, width - 1)  # B W
     columns = np.where(flipped[:, None], columns[:, ::-1], columns)
@@ -350,7 +344,7 @@ def mix(images, labels, options, rng):
     targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)  # B K
     if cutmix > 0 and (mixup == 0 or rng.random() < 0.5):
         # A box of area 1 - λ, sides √(1-λ), around a uniform center. The border cuts part of it off, so λ is
-        # computed again: the target must say how much of each image is really seen.
+        # computed again.
         height, width = images.shape[-2:]
         side = math.sqrt(1 - rng.beta(cutmix, cutmix))
         cut_h, cut_w = int(height * side), int(width * side)
@@ -489,7 +483,7 @@ def _subfolders(folder):
 
 
 def class_folders(folder):
-    """The sorted names of the folders in a folder, at least two: a flat folder of images is no set."""
+    """The sorted names of the folders in a folder, at least two."""
     names = _subfolders(folder) if Path(folder).is_dir() else []
     if len(names) < 2:
         raise UserError(f"{folder} holds {len(names)} class folders; sort images into one folder per class, "
@@ -525,8 +519,7 @@ def _listing(folder, found):
 
     Listed once, since a stage asks for it many times.
     """
-    # Each folder is walked once. A link to one of these, or to what is above them, would lead to images of
-    # other classes.
+    # A link to a class folder, or to what is above it, would lead to images of other classes.
     top = Path(os.path.realpath(folder))
     above = {str(top), *map(str, top.parents)}
     classes = {os.path.realpath(folder / name) for name in found}
@@ -642,7 +635,7 @@ def read_image(source):
 
 
 def _gray(pixels, mode):
-    """Gray of 16 or 32 bits or of floats -> 8 bits. Pillow itself would clip it to white or black."""
+    """Gray of 16 or 32 bits or of floats -> 8 bits, which Pillow itself would clip."""
     low, high = pixels.min(), pixels.max()
     if mode.startswith("I;16") or mode == "I" and 255 < high <= 65535 and low >= 0:
         return Image.fromarray((pixels // 257).astype(np.uint8))
@@ -675,7 +668,6 @@ def center_crop(image, size):
 
 def augment(image, options, key):
     """The training view of one image, drawn from its key -> uint8 H W 3: crop, flip, RandAugment."""
-    # Python's generator, because seeding one of numpy's takes as long as a small crop.
     rng, size, pad = random.Random(key), options["image_size"], options["pad"]
     if options["resized_crop"]:
         box = resized_crop_box(image.width, image.height, options["resized_crop"], rng)
@@ -695,7 +687,7 @@ def augment(image, options, key):
 def _box(area, low, high, ratio, rng):
     """Height and width of a random box: share low … high of the area, aspect 1/ratio … ratio, log-uniform."""
     area *= rng.uniform(low, high)
-    # Area A and aspect r = w / h: w = √(A r), h = √(A / r). Log-uniform, because 3/4 and 4/3 distort equally.
+    # Area A and aspect r = w / h: w = √(A r), h = √(A / r)
     aspect = math.exp(rng.uniform(-math.log(ratio), math.log(ratio)))
     return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 

@@ -168,7 +168,7 @@ class MoE(nn.Module):
     def auxiliary_loss(self, logits, threshold):
         """½ (importance + load), each CV² = var / mean² over experts (V-MoE, appendix A). T E, T 1 -> ()"""
         E = logits.shape[1]
-        # importance_e = Σ_x softmax(logits)_e: how much weight an expert gets
+        # importance_e = Σ_x softmax(logits)_e
         importance = logits.softmax(-1).sum(0)  # E
         # A count of tokens has no gradient, its expectation under the noise has one:
         # load_e = Σ_x P(e is still chosen if its noise is drawn again) = Σ_x Φ((logit_e − threshold)·E)
@@ -199,9 +199,9 @@ class Block(nn.Module):
 
 
 class ViTModule(nn.Module):
-    """Module i of a ViT, sharing its parameters: states B×(1+N)×D -> states.
+    """Module i of a ViT, sharing its parameters: states B 1+N D -> states.
 
-    The first module starts from pixels (B×3×H×W), the last ends in logits (B×K). Blocks count from 0.
+    The first module starts from pixels (B 3 H W), the last ends in logits (B K).
     """
 
     def __init__(self, vit, blocks, first, last):
@@ -223,7 +223,7 @@ class ViTModule(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer with timm's parameter names, cut into L modules of `depths` blocks. B×3×H×W -> B×K.
+    """Vision transformer with timm's parameter names, cut into L modules of `depths` blocks. B 3 H W -> B K.
 
     `moe` (a dict of MoE's arguments) turns the MLPs of `moe_blocks` (None: all) into mixtures: the V-MoE.
     `parts` are the L modules; they share the whole model's parameters.
@@ -245,11 +245,11 @@ class ViT(nn.Module):
         # Filled by build() where stitches are kept or folded: what stands between module i and module i+1.
         self.stitches = nn.ModuleList()
         self.apply(functools.partial(init_linear, std=init_std, expert_std=expert_std or init_std))
-        # DeiT's .02 at any width
+        # As in DeiT, at any width
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         ends = np.cumsum(depths).tolist()
-        # In a ModuleList each weight would be twice in the state dict.
+        # A tuple: in a ModuleList each weight would be twice in the state dict.
         self.parts = tuple(ViTModule(self, self.blocks[end - depth:end], i == 0, i == len(depths) - 1)
                            for i, (depth, end) in enumerate(zip(depths, ends)))
 
@@ -317,7 +317,7 @@ class ModFC(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
-        # g is small: at first all latents compute nearly the same.
+        # At first all latents compute nearly the same.
         self.gain = nn.Parameter(torch.tensor(0.1))
         self.scale = nn.Linear(code_width, width_in, bias=False)
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -328,7 +328,6 @@ class ModFC(nn.Module):
         return 1 + self.gain * F.layer_norm(scale, scale.shape[-1:])
 
     def forward(self, x, codes):
-        # All latents share W. The code says which of its inputs count.
         return F.linear(x * self.sigma(codes), self.weight, self.bias)
 
 
@@ -357,7 +356,7 @@ class ConvNeXtBlock(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pwconv1 = nn.Linear(width, 4 * width)
         self.pwconv2 = nn.Linear(4 * width, width)
-        # Layer scale: each block starts as (nearly) the identity.
+        # Each block starts near the identity.
         self.gamma = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x):
@@ -376,7 +375,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Tokenizer(nn.Module):
-    """ConvNeXt stem and stages, then a learned position grid of P channels. B×3×H×W -> B×V×(features + P)."""
+    """ConvNeXt stem and stages, then a learned position grid of P channels. B 3 H W -> B V features+P."""
 
     def __init__(self, width, stages, blocks, grid_width, grid_size):
         super().__init__()
@@ -507,8 +506,7 @@ class LatentAttention(nn.Module):
         k, v = split(self.key(x, sender_codes)), split(self.value(x, sender_codes))
         # Σ_v softmax_v(q_u · k_v / √d + log K(u, v)) v_v: K weighs before normalization
         if log_k is not None:
-            # One kernel for all heads.
-            log_k = log_k.to(q.dtype).view(-1, 1, *log_k.shape[-2:])  # 1 or B, 1 U V
+            log_k = log_k.to(q.dtype).view(-1, 1, *log_k.shape[-2:])  # 1 or B, 1 (for all heads) U V
         if log_k is None:
             x = F.scaled_dot_product_attention(q, k, v)
         elif q.is_cuda:
@@ -516,7 +514,7 @@ class LatentAttention(nn.Module):
             with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_k)
         else:
-            # On a CPU none does, and its fallback would keep the scores twice.
+            # On a CPU no fused kernel does, and the fallback keeps the scores twice.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # B h U V
             x = scores.add_(log_k).softmax(-1) @ v
         return self.gamma * self.exit(x.transpose(1, 2).flatten(2), receiver_codes)
@@ -571,7 +569,7 @@ class Propagator(nn.Module):
 
     def forward(self, receivers, senders, codes, sender_codes, delta=None):
         """delta U V: the signatures' distances; None (tokens, which have no signature): no kernel."""
-        # Two draws: as a sender's code a mediator's is not shaken as it is as a receiver's.
+        # Two draws: a mediator's code is shaken differently as a receiver's and as a sender's.
         codes, sender_codes = self.jitter(codes), self.jitter(sender_codes)
         log_k = None
         if delta is not None:
@@ -616,7 +614,7 @@ class Pool(nn.Module):
 
 
 class NAC(nn.Module):
-    """Neural Attentive Circuit (2210.08031): latents with codes and signatures pass messages. B×3×H×W -> B×K.
+    """Neural Attentive Circuit (2210.08031): latents with codes and signatures pass messages. B 3 H W -> B K.
 
     latents = (U_in, U, U_out). Modules: tokenizer and read-in, each propagator, read-out and pool.
     """
@@ -642,7 +640,6 @@ class NAC(nn.Module):
 
     def forward(self, images):
         inputs, mediators, outputs = self.input_latents, self.mediator_latents, self.output_latents
-        # In all rounds the senders are input latents and mediators.
         sender_codes = torch.cat([inputs.codes, mediators.codes])  # V C, V = U_in + U
         signatures = torch.cat([inputs.signatures, mediators.signatures])  # V S
         # Stitch j stands after module j. Where there is none, next() gives the identity.
@@ -667,7 +664,7 @@ class NAC(nn.Module):
 
 
 def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
-    """Adjacency matrix n×n (bool, symmetric, empty diagonal) of a random graph; `rng` a numpy Generator.
+    """Adjacency matrix n n (bool, symmetric, empty diagonal) of a random graph; `rng` a numpy Generator.
 
     scale_free: Barabási–Albert, each new node links to m old ones · planted_partition: links with p_in in a
     group, p_out across · ring_of_cliques: groups are cliques, one edge between neighbors · erdos_renyi: p.
@@ -700,11 +697,11 @@ def random_graph(kind, n, rng, m=2, groups=8, p_in=0.9, p_out=0.2, p=0.1):
 
 
 def fit_signatures(signatures, linked, steps=1000, margin=0.03):
-    """Moves signatures (n×S, in place) until linked pairs are within the truncation, unlinked ones beyond.
+    """Moves signatures (n S, in place) until linked pairs are within the truncation, unlinked ones beyond.
 
     -> the shares of linked and of unlinked pairs that end there
     """
-    # Orthogonal: all pairs start at δ = 1, unlinked, if n vectors fit in S dimensions.
+    # Orthogonal: if n <= S, all pairs start unlinked, at δ = 1.
     s = nn.init.orthogonal_(torch.empty(signatures.shape)).requires_grad_()
     linked = torch.as_tensor(linked)
     unlinked = ~linked & ~torch.eye(len(s), dtype=torch.bool)
@@ -735,7 +732,7 @@ def hinge_repulsion(nac, threshold=0.4):
 
 
 def match_rows(cost, capacity):
-    """Assigns each of n rows to one of G groups, `capacity` rows a group, at the least total cost. n×G -> n.
+    """Assigns each of n rows to one of G groups, `capacity` rows a group, at the least total cost. n G -> n.
 
     Exact, like a Hungarian matching. Rows of the block model's target within a group are equal, so this is a
     transport problem with G sinks: start from each row's cheapest group, then move rows from overfull groups
@@ -805,7 +802,7 @@ def regularizer(model, config):
 class Stitched(nn.Module):
     """post ∘ S_i ∘ pre: a student's module with the layers that fit it between the meta model's modules.
 
-    States B×N×W (W: M's width; first module: images) -> states B×U×W (last: logits), U = N for a V-MoE.
+    States B N W (W: M's width; first module: images) -> states B U W (last: logits), U = N for a V-MoE.
     """
 
     def __init__(self, body, pre, post):
@@ -869,13 +866,13 @@ class TokenCodes(nn.Module):
         self.register_buffer("codes", codes.detach().clone(), persistent=False)
 
     def forward(self, tokens):
-        # Where tokens outnumber codes, the codes repeat.
+        # With more tokens than codes, codes repeat.
         n = torch.arange(tokens.shape[1], device=tokens.device)
         return self.codes[n % len(self.codes)]
 
 
 class ReadInModule(nn.Module):
-    """Module 0 of a NAC: images B×3×H×W -> latents B U D."""
+    """Module 0 of a NAC: images B 3 H W -> latents B U D."""
 
     def __init__(self, nac, latents):
         super().__init__()
@@ -908,7 +905,6 @@ class FirstPropagatorModule(PropagatorModule):
 
     def forward(self, tokens):
         states, codes = self.latents(len(tokens))
-        # Senders as in the circuit: input latents (here the tokens), then mediators.
         sender_codes = torch.cat([self.token_codes(tokens), codes])
         return self.propagator(states, torch.cat([tokens, states], 1), codes, sender_codes)
 
@@ -931,7 +927,7 @@ def own_modules(nac):
     """The L modules of a NAC inside M, for distill.codes=own."""
     first, *later = nac.propagators
     mediators = nac.mediator_latents
-    # The mediators' codes are also those of the tokens in later modules, so no module trains them.
+    # The mediators' codes are also those of tokens in later modules, so no module trains them.
     middle = [FirstPropagatorModule(first, TokenCodes(nac.input_latents.codes),
                                     OwnLatents(nac, mediators, learn=False))]
     middle += [PropagatorModule(propagator, TokenCodes(mediators.codes)) for propagator in later]
@@ -948,11 +944,11 @@ def original_modules(nac):
     for i in range(last + 1):
         token_codes = TokenCodes(torch.randn_like(nac.input_latents.codes[:1]))
         code = torch.randn_like(nac.input_latents.codes[:1]) if i in (0, last) else None
-        latent = RandomLatent(code, torch.randn(1, 1, nac.seeder.mu.out_features))
+        state = torch.randn(1, 1, nac.seeder.mu.out_features)
         if i == 0:
-            modules.append(ReadInModule(nac, latent))
+            modules.append(ReadInModule(nac, RandomLatent(code, state)))
         elif i == last:
-            modules.append(ReadOutModule(nac, latent, token_codes))
+            modules.append(ReadOutModule(nac, RandomLatent(code, state), token_codes))
         else:
             modules.append(PropagatorModule(nac.propagators[i - 1], token_codes))
     return modules
@@ -962,10 +958,10 @@ NAC_MODULES = {"own": own_modules, "original": original_modules}
 
 
 def new_stitches(student, config):
-    """The layers between two modules of a student: post (to the meta model's width) and pre (back)."""
+    """The layers between two modules: post (to the meta model's width) and pre (back)."""
     width, meta_width = config["student"]["width"], config["meta"]["width"]
 
-    # Two Linears in a row are one, so a NAC's stitches can be folded. In a V-MoE's a LayerNorm is between.
+    # A V-MoE's stitches have a LayerNorm, so they cannot be folded.
     def stitch(a, b):
         fc = nn.Linear(a, b)
         if std := config["student"]["stitch_std"]:
@@ -1027,10 +1023,10 @@ def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmea
     """
     if kind == "hard":
         return F.cross_entropy(student_logits, teacher_logits.argmax(-1))
-    # A probability that rounds to 0 would have an infinite logarithm, hence log_target.
+    # Log-probabilities, because one that rounds to 0 would have an infinite logarithm.
     log_p, log_t = F.log_softmax(student_logits / tau, dim=-1), F.log_softmax(teacher_logits / tau, dim=-1)
-    # KL(p_teacher ‖ p_student) · τ², summed over batch and classes. A softer target has gradients smaller by
-    # 1/τ²; the factor keeps α's meaning when τ changes (Hinton et al., 1503.02531).
+    # KL(p_teacher ‖ p_student) · τ², summed over batch and classes. Gradients shrink by 1/τ²; the factor
+    # makes up for it (Hinton et al., 1503.02531).
     loss = F.kl_div(log_p, log_t, reduction="sum", log_target=True) * tau**2
     return loss / (log_p.numel() if reduction == "mean" else len(log_p))
 
@@ -1038,10 +1034,7 @@ def kd(student_logits, teacher_logits, tau=1.0, kind="soft", reduction="batchmea
 # ---------- Models from a config
 
 def build(config, role):
-    """A whole model with fresh weights: role meta, teacher, student or baseline (a student without stitches).
-
-    Images B×3×H×W -> logits B×classes. Same seed, same weights. With torch.device("meta"): no memory.
-    """
+    """A whole model with new weights, a function of the seed. A baseline is a student without stitches."""
     c, d = config["student" if role.startswith("baseline") else role], config["data"]
     is_nac = c.get("kind") == "nac"
     stride = 2 ** (c["tokenizer_stages"] + 1) if is_nac else c["patch"]
@@ -1063,15 +1056,16 @@ def build(config, role):
             model = NAC(ffn_ratio=c["mlp_ratio"], **common, **options(
                 "head_width latents propagators code_width signature_width tokenizer_stages tokenizer_blocks "
                 "grid_width grid_size"))
-        stitches = config["assemble"]["stitches"] if role == "student" else "drop"
-        for _ in range(modules_of(config) - 1 if stitches != "drop" else 0):
-            kept = stitches == "keep"
-            model.stitches.append(new_stitches(model, config) if kept else nn.Linear(c["width"], c["width"]))
+        for _ in range(modules_of(config) - 1 if role == "student" else 0):
+            if config["assemble"]["stitches"] == "keep":
+                model.stitches.append(new_stitches(model, config))
+            elif config["assemble"]["stitches"] == "fold":
+                model.stitches.append(nn.Linear(c["width"], c["width"]))
     return model
 
 
 def modules_of(config):
-    """L, the number of modules: that of the meta model's `depths`."""
+    """L, the number of modules."""
     return len(config["meta"]["depths"])
 
 
@@ -1102,10 +1096,7 @@ def set_drop_path(model, rate, by_module=False):
 
 
 def drop_in_hybrid(meta, teacher, i, rate):
-    """Stochastic depth from 0 to `rate` over the blocks of the hybrid M_{L-1} ∘ … ∘ T_i ∘ … ∘ M_0.
-
-    As in Deep Incubation. M's blocks drop, too, if M is in training mode.
-    """
+    """Stochastic depth over the blocks of the hybrid M_{L-1} ∘ … ∘ T_i ∘ … ∘ M_0, as in Deep Incubation."""
     parts = [*meta.parts[:i], teacher.parts[i], *meta.parts[i + 1:]]
     set_rates([block for part in parts for block in part.blocks], 0, rate)
 
@@ -1187,7 +1178,7 @@ class TrainKeys:
     warmup_prefix: bool = True  # the cosine begins after the warm-up; false: at step 0, behind it (the paper)
     betas: tuple[Annotated[float, 0, 0.9999], Annotated[float, 0, 0.9999]] = [0.9, 0.999]  # AdamW's
     weight_decay: float = 0.05  # AdamW's, on matrices
-    decay_all: bool = False  # also 1-d parameters, embeddings, a NAC's codes (the NAC's fine-tuning)
+    decay_all: bool = False  # also 1-d parameters and embeddings (the NAC's fine-tuning)
     drop_path: Annotated[float, 0, 0.99] = 0.0  # stochastic depth: rate of the last block (of all, in a NAC)
     clip: float = 0.0  # gradient norm; 0: none
     images: tuple[int, int] | None = None  # [first, stop) of the shuffled training images; null: all
@@ -1219,7 +1210,7 @@ for prefix, block in BLOCKS.items():
 
 
 def allowed(value, kind):
-    """Whether a value from YAML has the type of a key."""
+    """Whether a value from YAML has a key's type."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return allowed(value, inner[0]) and inner[1] <= value <= inner[2]
@@ -1302,7 +1293,7 @@ def read_keys(path):
         chosen = flatten(parse(Path(path).read_bytes(), f"config {path}"))
     except (OSError, AttributeError, RecursionError) as e:
         raise UserError(f"config {path} is not a readable file of keys: {e}.") from None
-    # An emptied block means its defaults.
+    # A block without keys means its defaults.
     blocks = {prefix.rstrip(".") for prefix in BLOCKS} | {"train"}
     chosen = {key: value for key, value in chosen.items() if value is not None or key not in blocks}
     # A run's folder may have been moved.
@@ -1591,7 +1582,7 @@ def settings(config, name):
 
 
 def about(path):
-    """What a finished file holds beside the weights."""
+    """What a file holds beside weights."""
     return about_version(path, os.stat(path).st_mtime_ns)
 
 
@@ -1688,7 +1679,7 @@ def compile_blocks(model):
 
 
 def begin(config, process):
-    """Makes the run's folder, and the resolved config in it."""
+    """Makes the run's folder with the resolved config."""
     if process.rank == 0:
         path = Path(config["output_dir"], "config.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1767,7 +1758,6 @@ class Stage:
         if config["compile"]:
             for module in modules.values():
                 compile_blocks(module)
-        # What the loop calls.
         self.wrapped = {i: self.distributed(module) for i, module in modules.items()}
         # From here on a signal to end saves first.
         self.stopping, (self.listener, speaker) = False, os.pipe()
@@ -1784,7 +1774,8 @@ class Stage:
 
     def agree(self):
         """Raises UserError in all processes if one has another start, from a folder or data of its own."""
-        everyone = data.gather({**self.settings, "step": self.number, "training images": len(self.images)})
+        start = {**self.settings, "step": self.number, "training images": len(self.images)}
+        everyone = data.gather(start, self.process)
         first = everyone[0]
         for rank, theirs in enumerate(everyone):
             for key in [key for key in first if first[key] != theirs.get(key)]:
@@ -1820,8 +1811,8 @@ class Stage:
         """The module, wrapped so that several processes average their gradients."""
         if self.process.world == 1:
             return module
-        # Only find_unused_parameters never regroups gradients, so that a resumed run sums them in the same
-        # order (tests/test_runs.py). It warns if none is unused, so one is.
+        # With find_unused_parameters gradients are never regrouped, so a resumed run sums them in the same
+        # order. It warns if no parameter is unused, so one is.
         module = nn.Sequential(module)
         module.unused = nn.Parameter(torch.zeros((), device=self.process.device))
         return DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True)
@@ -1857,7 +1848,7 @@ class Stage:
         torch.manual_seed(zlib.crc32(repr(place).encode()))
 
     def record(self, i, loss, logits, targets):
-        """Adds a batch to the epoch's loss and training accuracy."""
+        """Adds a batch to the epoch's loss and accuracy."""
         correct = (logits.argmax(-1) == targets.argmax(-1)).sum()
         images = torch.full_like(correct, len(targets))
         self.sums[i] += torch.stack([loss.detach() * images, correct, images])
@@ -1875,7 +1866,7 @@ class Stage:
             self.optimizers[i].step()
             self.optimizers[i].zero_grad()
         self.number += 1
-        # Not at every step, because reading a number synchronizes the GPU and the processes.
+        # Reading a loss synchronizes GPU and processes, so check every 20 steps.
         due = self.number % 20 == 0 or self.stopping and self.process.world == 1
         if due and self.number % self.steps and self.check():
             self.leave()
@@ -1905,7 +1896,7 @@ class Stage:
             self.leave()
 
     def log_line(self, i, val_top1, seconds):
-        """A line of log.jsonl; docs/operations.md explains its fields."""
+        """A line of log.jsonl (docs/operations.md)."""
         loss, correct, images = self.totals[i]
         return {"stage": self.name, "module": i, "epoch": self.epoch + 1, "step": self.number,
                 "loss": loss / images, "top1": 100 * correct / images, "val_top1": val_top1, "lr": self.lr,
@@ -1960,7 +1951,7 @@ class Stage:
 
 
 def skip(config, process, name, only=None):
-    """Says that a stage is finished. The checkpoint goes, if a kill has left it behind."""
+    """Says that a stage is finished, and removes a checkpoint that a kill has left."""
     if process.rank == 0:
         checkpoint_path(config, name, only).unlink(missing_ok=True)
     made_by = {about(path).get("code") for file in files(config, name) for path in paths(config, file)[:1]}

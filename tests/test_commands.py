@@ -50,16 +50,17 @@ def here(tmp_path, monkeypatch, glyphs):
 def command(script, *words, config="c.yaml"):
     """Runs a script's main() here -> its exit code. A traceback fails the test by itself."""
     argv, sys.argv = sys.argv, [f"{script}.py", *(["--config", config] if config else []), *words]
+    code = 0
     try:
         models.run(importlib.import_module(Path(script).name).main)
     except SystemExit as end:
-        return end.code
+        code = end.code
     finally:
-        gc.collect()  # what a process gives back when it ends, such as a lock
         sys.argv = argv
         for number in data.SIGNALS:
             signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
-    return 0
+    gc.collect()  # gives back what the end of a process would, such as a lock
+    return code
 
 
 def one_sentence(error):
@@ -249,11 +250,12 @@ def test_a_bad_file_of_a_run_is_one_sentence_and_nothing_in_it_runs(refused, her
 
 
 def cut_off(here, script, role):
-    """Stops a stage after its first step -> its unfinished file."""
-    with pytest.MonkeyPatch.context() as patch:
+    """Stops a stage after its first step, in a fork -> its unfinished file."""
+    if not (pid := os.fork()):
         rate = models.learning_rate
-        patch.setattr(models, "learning_rate", lambda *a: (signal.raise_signal(signal.SIGTERM), rate(*a))[1])
-        assert command(script, f"role={role}") == 143
+        models.learning_rate = lambda *a: (signal.raise_signal(signal.SIGTERM), rate(*a))[1]
+        os._exit(command(script, f"role={role}"))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
     (file,) = here.rglob("*unfinished.pt")
     return file
 
@@ -310,7 +312,8 @@ def test_no_mutation_of_a_files_bytes_gives_a_traceback_or_other_weights(here, m
         a, size = rng.randrange(len(meta)), rng.choice([1, 1, 8, 200])
         piece = rng.choice([b"", rng.randbytes(size), meta[a:a + size] * 2])
         path.write_bytes(bad := meta[:a] + piece + meta[a + size * rng.choice([0, 1]):])
-        for call, words in ((models.load_weights, (model, path)), (models.finished, (config, "meta", "meta.pt"))):
+        for call, words in ((models.load_weights, (model, path)),
+                            (models.finished, (config, "meta", "meta.pt"))):
             try:
                 call(*words)
             except models.UserError as error:
@@ -362,7 +365,8 @@ def test_run_sh_takes_the_callers_config_and_runs_every_stage_in_order(here):
                                     for script in ("distill_module", "assemble", "finetune")),
             ("finetune", "baseline"), ("evaluate", "all")]
     assert done.stdout.replace(f"{ROOT}/", "").splitlines() == [
-        f"[{k}/9] {script}.py --config {' '.join(words)} role={role}" for k, (script, role) in enumerate(made, 1)]
+        f"[{k}/9] {script}.py --config {' '.join(words)} role={role}"
+        for k, (script, role) in enumerate(made, 1)]
     # The launcher has made nothing, so the report has nothing to say.
     assert done.returncode == 2 and "odd #1 é/a run" in one_sentence(done.stderr)
 

@@ -801,8 +801,8 @@ def no_room(name):
 
 
 def small_disk(rank=0):
-    """No file may be larger than 20,000 bytes: the config fits, a checkpoint does not."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    """No file may be larger than 100,000 bytes: config and log fit, a checkpoint does not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
 
 
 def room_for_part_of_a_line(rank=0):

@@ -1,11 +1,11 @@
 """cost.py – what each stage of a config trains and takes, before it runs.
 
     python tools/cost.py --config configs/imagenet_vmoe.yaml [key=value …]      (bash run.sh CONFIG --dry-run)
-    torchrun --nproc_per_node=8 tools/cost.py --config …      the same for eight processes
-    python tools/cost.py --config … --list                    checks everything, prints what run.sh has to run
+    WORLD_SIZE=8 python tools/cost.py --config …        the same for eight processes
+    GOAL=distill python tools/cost.py --config …        only this stage and what it needs
+    python tools/cost.py --config … --list              checks everything, prints what run.sh has to run
 
-The models get no memory, and the data need not be there if the config says data.classes. The environment
-variable GOAL, such as GOAL=distill, ends table and list with that stage.
+The models get no memory, and the data need not be there if the config says data.classes.
 """
 
 import math
@@ -20,9 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import few_shot
 import models
+from data import UserError
 
-# Training images of sets that need not be on this machine. name of data.root, with _ for -: images
-TRAIN_IMAGES = {"imagenet": 1281167, "tiny_imagenet": 100000, "tiny_imagenet_200": 100000}
+# Training images of sets that need not be on this machine, by the name of data.root.
+TRAIN_IMAGES = {"imagenet": 1281167, "tiny_imagenet": 100000}
+RATE = 150 / 2 * 3600  # 10¹² multiply-adds of an hour at 150 TFLOP/s
 
 
 def main():
@@ -30,42 +32,22 @@ def main():
     config, words = models.command_line(__doc__, list=option)
     goal = os.environ.get("GOAL")
     if goal and goal not in models.STAGES:
-        raise data.UserError(f"GOAL={goal} is not one of the stages {', '.join(models.STAGES)}.")
-    if int(os.environ.get("RANK", 0)):
-        return
-    to_do, done = plan(config, [goal] if goal else ["student", "baseline"], words.list)
-    if not words.list:
-        return print_table(config, to_do, done)
-    last = [] if goal else ["evaluate.py role=all", f"tools/report.py {config['output_dir']}"]
-    if config["few_shot"]["root"] and not goal:
-        few_shot.few_shot_set(config)
-        last.insert(1, "tools/few_shot.py role=all")
-    if done:
-        odd = [name for name in done if made_by_other_code(config, name)]
-        note = f" ({', '.join(odd)}: made by other code)" if odd else ""
-        print(f"finished already: {', '.join(done)}{note}", file=sys.stderr)
-    print(*[f"{models.STAGES[name][0]} role={models.STAGES[name][1]}" for name in to_do], *last, sep="\n")
-
-
-def plan(config, goals, strict):
-    """-> the names of the stages that have to run, and of the finished ones that these or the goals need.
-
-    Raises UserError where the run would. Sets that are not here are an error only if `strict`.
-    """
-    if strict or os.path.exists(config["data"]["root"]):
+        raise UserError(f"GOAL={goal} is not one of the stages {', '.join(models.STAGES)}.")
+    if words.list:
         models.check_inputs(config)
+    to_do, done = plan(config, [goal] if goal else ["student", "baseline"])
+    print_list(config, to_do, done, goal) if words.list else print_table(config, to_do, done)
+
+
+def plan(config, goals):
+    """-> the names of the stages that have to run, and of the finished ones that they or the goals need."""
+    if os.path.exists(config["data"]["root"]):
         to_do = [name for *_, name in models.stages(config, goals)]
     else:  # only of imported files is it known that they fit
         given = [name for name in models.STAGES
                  if all(models.imported_from(config, file) for file in models.files(config, name))]
         before = {name for goal in goals for name in stages_before(config, goal, given)}
         to_do = [name for name in models.STAGES if name in before and name not in given]
-    for name in to_do:
-        with torch.device("meta"):
-            models.build(config, models.STAGES[name][1])
-        if not name.startswith("assemble"):
-            s = models.schedule(config, name)
-            data.steps_per_epoch(images_of(config, name), s["batch"], 1, s["accumulate"], s["block"])
     needed = {*goals, *(parent for name in to_do for parent in models.parents(config, name))}
     return to_do, [name for name in models.STAGES if name in needed and name not in to_do]
 
@@ -78,10 +60,31 @@ def stages_before(config, name, stop=()):
     return list(dict.fromkeys([*names, name]))
 
 
-def made_by_other_code(config, name):
-    """Whether the code has changed since a stage was finished. Imported weights were made by no code of ours."""
-    paths = [models.finished(config, name, file) for file in models.files(config, name)]
-    return any(models.about(path).get("code", models.code()) != models.code() for path in paths)
+def print_list(config, to_do, done, goal):
+    """Prints the commands of run.sh. Raises UserError where one of them would."""
+    for name in to_do:
+        try:
+            with torch.device("meta"):
+                models.build(config, models.STAGES[name][1])
+        except UserError as e:
+            raise UserError(f"{name} cannot be made: {e} If its result, or that of a later stage, comes from "
+                            "elsewhere, import it first with tools/convert.py.") from None
+        if not name.startswith("assemble"):
+            steps_of(config, name, 1)
+    commands = ["{} role={}".format(*models.STAGES[name]) for name in to_do]
+    if not goal:
+        commands.append("evaluate.py role=all")
+        if config["few_shot"]["root"]:
+            few_shot.few_shot_set(config)
+            commands.append("tools/few_shot.py role=all")
+        commands.append(f"tools/report.py {config['output_dir']}")
+    print(*commands, sep="\n")
+    files = {name: [models.finished(config, name, file) for file in models.files(config, name)] for name in done}
+    others = [name for name in done  # an imported file has no code
+              if any(models.about(file).get("code", models.code()) != models.code() for file in files[name])]
+    if done:
+        note = f" ({', '.join(others)}: made by other code)" if others else ""
+        print(f"finished already: {', '.join(done)}{note}", file=sys.stderr)
 
 
 def print_table(config, to_do, done):
@@ -92,24 +95,18 @@ def print_table(config, to_do, done):
     for name in done:
         print(f"{name:16}  finished")
     for name in [name for name in to_do if not name.startswith("assemble")]:
-        s, images = models.schedule(config, name), images_of(config, name)
-        parameters, state, macs = cost(config, name)
-        batch = s["batch"] * world * s["accumulate"]
+        s, (parameters, state, macs) = models.schedule(config, name), cost(config, name)
+        batch, (images, steps) = s["batch"] * world * s["accumulate"], steps_of(config, name, world)
         low = s["min_lr"] * (batch / 512 if s["scale_min_lr"] else 1)
-        steps = data.steps_per_epoch(images, s["batch"], world, s["accumulate"], s["block"]) * s["epochs"]
-        macs *= steps * world * s["accumulate"]
-        total += macs
+        tmac = macs * steps * world * s["accumulate"] / 1e12
+        total += tmac
         print(f"{name:9}{parameters:12,}{images:11,}{s['epochs']:7}{steps:10,}{batch:6}  "
-              f"{s['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}{tmac_and_hours(macs)}")
-    print(f"to do{tmac_and_hours(total):>96}")
+              f"{s['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}"
+              f"{short(tmac):>11}{short(tmac / RATE):>12}")
+    print(f"to do{short(total):>84}{short(total / RATE):>12}")
     print("images: of an epoch; batch: of all processes and one step; state: weights, gradients and AdamW's\n"
           "moments of a process in float32, and activations come on top; TMAC: 10^12 multiply-adds of all\n"
           "epochs, forward and backward; GPU hours: hours at 150 TFLOP/s a GPU, of all GPUs together")
-
-
-def tmac_and_hours(macs):
-    hours = 2 * macs / 150e12 / 3600
-    return f"{short(macs / 1e12):>11}{'< 0.01' if 0 < hours < 0.01 else short(hours):>12}"
 
 
 def short(number):
@@ -117,18 +114,19 @@ def short(number):
     return f"{number:,.0f}" if 1000 <= number < 1e6 else f"{number:.3g}"
 
 
-def images_of(config, name):
-    """Images in an epoch of a stage. Of a set that is not here: from data.train_images, or its known size."""
-    options, block = config["data"], models.schedule(config, name)["block"]
+def steps_of(config, name, world):
+    """Images in an epoch of a stage, and its steps. Of a set that is not here the size is known or told."""
+    s, options = models.schedule(config, name), config["data"]
     if os.path.exists(options["root"]):
-        return data.epoch_images(config, block)
-    known = TRAIN_IMAGES.get(Path(options["root"]).stem.lower().replace("-", "_"), 0)
-    images = options["train_images"] or known - (options["validation_images"] or 1000)
-    if images < 1:
-        raise data.UserError(f"data.root={options['root']!r} is not there; set data.train_images to count "
-                             "without it.")
-    first, stop = config["train"][block]["images"] or (0, images)
-    return max(0, min(images, stop) - first) * config["train"][block]["passes"]
+        images = data.epoch_images(config, s["block"])
+    else:
+        known = TRAIN_IMAGES.get(Path(options["root"]).name, 0) - (options["validation_images"] or 0)
+        images = options["train_images"] or known
+        if images < 1:
+            raise UserError(f"data.root={options['root']!r} is not there; set data.train_images to do without.")
+        first, stop = s["images"] or (0, images)
+        images = (min(images, stop) - first) * s["passes"]
+    return images, s["epochs"] * data.steps_per_epoch(images, s["batch"], world, s["accumulate"], s["block"])
 
 
 def cost(config, name, only=()):
@@ -162,8 +160,11 @@ def cost(config, name, only=()):
             # What runs forward only: M, once for all modules, and the teacher.
             with torch.no_grad():
                 hidden = [x] if alone else meta.hidden_states(x)
-                for i in places if teacher else ():
-                    teacher(x) if alone else meta.rest(i + 1, teacher.parts[i](hidden[i]))
+                if teacher and alone:
+                    teacher(x)
+                elif teacher:
+                    for i in places:
+                        meta.rest(i + 1, teacher.parts[i](hidden[i]))
             # Through the rest of M pass gradients of states, but none of its weights is computed.
             for i in places:
                 out = modules[i](hidden[i])

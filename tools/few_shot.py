@@ -10,7 +10,6 @@ episode a linear classifier learns from the frozen model's features of `shots` i
 classes, and is asked about three times as many others. Adds the means over all episodes to results.json.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -39,31 +38,24 @@ def main():
         for result in few_shot(model.to(process.device).eval(), images, config, process):
             if process.rank == 0:
                 evaluate.keep(results, {"role": role, **result})
-            top5 = f", top-5 {result['top5']:.2f} %" if config["few_shot"]["ways"] > 5 else ""
             models.say(process, f"{role}, {result['set']}: top-1 {result['top1']:.2f} "
-                       f"± {result['ci95']:.2f} %{top5} of {result['images']:,} images")
+                       f"± {result['ci95']:.2f} % of {result['images']:,} images")
 
 
 def few_shot_set(config):
     """The images of few_shot.root -> ImageSet. Raises UserError if they are too few for the episodes."""
     few, root = config["few_shot"], Path(config["few_shot"]["root"])
-    if not few["root"]:
-        raise data.UserError("few_shot.root is empty; set it to a folder of <class>/* or to an .npz.")
-    try:
-        if root.is_dir():
-            folder = next((root / part for part in ("test", "val") if (root / part).is_dir()), root)
-            names = data.class_folders(folder)
-            images = data.read_folders(folder, names, names)
-        else:
-            options = {**config["data"], "root": few["root"], "classes": None, "test_images": 0}
-            images = data.load({"data": options}, "test")
-    except data.UserError as e:
-        raise data.UserError(str(e).replace("data.root", "few_shot.root")) from None
+    if not few["root"] or not root.exists():
+        raise data.UserError(f"few_shot.root={few['root']!r} is not there; set it to a folder or an .npz.")
+    if root.is_dir():
+        folder = next((root / part for part in ("test", "val") if (root / part).is_dir()), root)
+        names = data.class_folders(folder)
+        images = data.read_folders(folder, names, names)
+    else:
+        images = data.load({"data": {"root": few["root"], "classes": None, "test_images": 0}}, "test")
     images = data.subset(images, few["images"], "few_shot.images")
     for shots in few["shots"]:
-        if small := len(images.class_names) - len(members(images.labels.numpy(), few["ways"], shots)):
-            data.note(f"few-shot, {shots}-shot: {small} of {len(images.class_names)} classes have fewer than "
-                      f"{4 * shots} images and are left out")
+        members(images.labels.numpy(), few["ways"], shots)
     return images
 
 
@@ -72,7 +64,7 @@ def few_shot(model, images, config, process):
     few, labels = config["few_shot"], images.labels.numpy()
     # The model is frozen, so each image goes through it once and serves all episodes.
     features = features_of(model, images, config, process)
-    stem = Path(os.path.abspath(few["root"])).name.removesuffix(".npz")
+    name = Path(few["root"]).absolute().name.removesuffix(".npz")
     for shots in few["shots"]:
         # The same episodes for every role and run of a seed: models are compared on the same questions.
         drawn = episodes(labels, few["ways"], shots, few["episodes"], config["seed"])
@@ -81,19 +73,21 @@ def few_shot(model, images, config, process):
         top1, top5 = accuracy.mean(0).tolist()
         # 95 % interval of a mean: ± 1.96 σ / √episodes. It is about the draw of episodes, not about training.
         interval = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
-        yield {"set": f"few-shot {stem} {shots}-shot {few['ways']}-way", "top1": top1, "top5": top5,
+        yield {"set": f"few-shot {name} {shots}-shot {few['ways']}-way", "top1": top1, "top5": top5,
                "images": len(images), "ci95": interval, "episodes": len(accuracy)}
 
 
 def members(labels, ways, shots):
     """The indices of each class that has enough images for an episode: `shots` and 3·`shots` queries."""
     found = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    found = [indices for indices in found if len(indices) >= 4 * shots]
-    if len(found) < ways:
-        raise data.UserError(
-            f"few_shot.ways={ways}, but {len(found)} classes have the {4 * shots} images that {shots} in "
-            f"few_shot.shots takes: {shots} to learn from, {3 * shots} to ask about; lower one of the two.")
-    return found
+    whole = [indices for indices in found if len(indices) >= 4 * shots]
+    if len(whole) < ways:
+        raise data.UserError(f"few_shot.ways={ways}, but {len(whole)} classes have the {4 * shots} images that "
+                             f"{shots} in few_shot.shots takes; lower one of the two.")
+    if len(whole) < len(found):
+        data.note(f"few-shot, {shots}-shot: {len(found) - len(whole)} of {len(found)} classes have fewer than "
+                  f"{4 * shots} images and are left out")
+    return whole
 
 
 def episodes(labels, ways, shots, count, seed):

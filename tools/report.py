@@ -23,16 +23,11 @@ import evaluate
 import models
 from data import UserError
 
-RESULT = {"role": str, "set": str, "top1": (int, float), "images": int}
 COSTS = ("own TMAC", "all TMAC", "own s")
-BAR = r"\|"  # a | that does not end a cell of Markdown
 
 
 def main():
-    folders = list(dict.fromkeys(map(Path, sys.argv[1:])))
-    if not folders:
-        raise UserError("Name the folders of runs: python tools/report.py runs/demo_nac*")
-    runs = []
+    runs, folders = [], list(dict.fromkeys(map(Path, sys.argv[1:])))
     for folder in folders:
         try:
             run = Run(folder)
@@ -44,10 +39,11 @@ def main():
                 raise
             print(f"{folder} is left out: {e}", file=sys.stderr)
     if not runs:
-        raise UserError("None of these folders holds a run that can be reported.")
+        raise UserError("Name the folders of runs that have results: python tools/report.py runs/demo_nac*")
     lines = table(runs, len(folders) > 1)
     rows = [lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)]
-    markdown = "".join(f"| {' | '.join(cell.replace('|', BAR) for cell in row)} |\n" for row in rows)
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]  # a | that does not end a cell
+    markdown = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     if len(folders) > 1:
         print(markdown, end="")
         for run in runs:
@@ -60,6 +56,7 @@ def main():
         numbers = [line[c].rjust(widths[c]) for c in columns[1:]]
         print(line["model"].ljust(widths["model"]), *numbers, sep="  ")
     print(verdict(runs[0]))
+    print(f"pictures: pip install matplotlib && python tools/figures.py {folders[0]}")
     models.write(folders[0] / "report.md", lambda file: file.write(markdown.encode()))
 
 
@@ -75,7 +72,15 @@ class Run:
         if not path.is_file():
             raise UserError(f"{folder} is not a run's folder: it holds no config.yaml.")
         self.config = models.load_config(path)
-        self.read_results()
+        results = evaluate.read_results(folder / "results.json")
+        if not results:
+            raise UserError(f"{folder} holds no results: run evaluate.py first.")
+        self.scores, self.sizes = {}, {}
+        for r in sorted(results, key=lambda r: r["images"]):
+            self.sizes[r["set"]] = r["images"]
+        for r in results:
+            if r["images"] == self.sizes[r["set"]]:  # else only a part of the set was looked at
+                self.scores.setdefault(r["role"], {})[r["set"]] = r["top1"]
         # The config, and what the finished files know beside it: the data and what was imported.
         self.settings, self.known = models.flatten(self.config), {}
         for role in self.scores:
@@ -83,32 +88,14 @@ class Run:
             self.settings |= self.known
         self.count_costs()
 
-    def read_results(self):
-        path = self.folder / "results.json"
-        results = evaluate.read_results(path)
-        if not results:
-            raise UserError(f"{self.folder} holds no results: run evaluate.py first.")
-        for r in results:
-            fits = isinstance(r, dict) and all(isinstance(r.get(key), kind) for key, kind in RESULT.items())
-            if not fits or r["role"] not in evaluate.ROLES:
-                raise UserError(f"{path} holds an entry that evaluate.py did not write; remove the file and "
-                                "evaluate again.")
-        self.scores, self.sizes = {}, {}
-        for r in results:
-            self.sizes[r["set"]] = max(r["images"], self.sizes.get(r["set"], 0))
-        for r in results:
-            if r["images"] == self.sizes[r["set"]]:  # else only a part of the set was looked at
-                self.scores.setdefault(r["role"], {})[r["set"]] = r["top1"]
-
     def find(self, name):
         """-> the folder from which this run has a stage's result, and its settings; or None and {}."""
         file = models.files(self.config, name)[0]
-        for folder in map(Path, models.folders(self.config)):
-            if (folder / file).is_file():
-                about = models.about(folder / file)
-                settings = about.get("settings") or {file: about.get("imported")}
-                if folder == self.folder or all(self.settings.get(k, v) == v for k, v in settings.items()):
-                    return folder, settings
+        for path in models.paths(self.config, file):
+            about, folder = models.about(path), path.parents[len(Path(file).parts) - 1]
+            settings = about.get("settings") or {file: about.get("imported")}
+            if folder == self.folder or all(self.settings.get(k, v) == v for k, v in settings.items()):
+                return folder, settings
         return None, {}
 
     def check_beside(self, other):
@@ -120,9 +107,9 @@ class Run:
                                 f"{other.sizes[name]}; evaluate both alike.")
         if self.name != other.name:
             return
+        also = f"{other.folder}, which is also named {self.name}; rename one of them."
         if self.config["seed"] == other.config["seed"]:
-            raise UserError(f"{other.folder} is named {self.name} and has seed {self.config['seed']}, too; "
-                            "rename one of them.")
+            raise UserError(f"the seed is that of {also}")
         for run in (other, self):
             if "data.checksum" not in run.settings:
                 raise UserError(f"{run.folder} holds no finished model, so nothing says whether it belongs "
@@ -132,9 +119,7 @@ class Run:
             if key.endswith(".pt"):  # imported: of each seed another file, but of all seeds or none
                 old, new = old is not None, new is not None
             if old != new and key != "seed":
-                old, new = reprlib.repr(old), reprlib.repr(new)
-                raise UserError(f"{key} is {new} here and {old} in {other.folder}, which is also named "
-                                f"{self.name}; rename one of them.")
+                raise UserError(f"{key} is {reprlib.repr(new)} here and {reprlib.repr(old)} in {also}")
 
     def count_costs(self):
         """Sums up the logs of all stages that each model needs; what is imported or lost is not counted."""
@@ -162,21 +147,12 @@ class Run:
         for folder in (self.folder, self.find(name)[0]):
             lines = [line for line in read_log(folder) if line["stage"] == name] if folder else []
             if lines:
-                macs, config = 0, what_counts(self.config, name)
-                for line in lines:
-                    modules = tuple(line["modules"])
-                    macs += per_image(config, name, modules) * line["images"] / len(modules)
+                # Runs that differ in this alone cost the same, and are counted once.
+                config = json.dumps({**self.config, "seed": 0, "output_dir": "", "share": None})
+                macs = sum(line["images"] / len(line["modules"])
+                           * per_image(config, name, tuple(line["modules"])) for line in lines)
                 return sum(line["seconds"] for line in lines), macs / 1e12
         return None
-
-
-def what_counts(config, name):
-    """The keys that a stage's multiply-adds depend on, as a text: many runs agree in these."""
-    s = models.schedule(config, name)
-    parts = {block: config[block] for block in ("meta", "teacher", "student", "distill", "assemble")}
-    train = {s["block"]: {"batch": s["batch"], "alpha": s["alpha"]}, "baseline_epochs": None}
-    sizes = {key: config["data"][key] for key in ("image_size", "classes")}
-    return json.dumps({**parts, "data": sizes, "train": train, "seed": 0}, sort_keys=True)
 
 
 @functools.cache
@@ -194,7 +170,7 @@ def read_log(folder):
         try:
             line = json.loads(text)
             last[line["stage"], line["module"], line["epoch"]] = line
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue  # a full disk cut it short, and the epoch was repeated
     return list(last.values())
 
@@ -228,22 +204,21 @@ def mean_std(values, sign=""):
 
 
 def verdict(run):
-    """What a run shows, in a sentence; empty without a student and its baseline."""
-    config, uncounted = run.config, f"not counted: {', '.join(run.uncounted)}" if run.uncounted else ""
+    """What a run shows, in a sentence; without a student and its baseline only what was not counted."""
+    uncounted = [f"not counted: {', '.join(run.uncounted)}"] if run.uncounted else []
     if any("test" not in run.scores.get(role, {}) for role in ("student", "baseline")):
-        return uncounted
+        return "".join(uncounted)
     student, baseline = run.scores["student"]["test"], run.scores["baseline"]["test"]
-    same = "the same model" if config["assemble"]["stitches"] == "drop" else "the same model without stitches"
-    labels = ", with labels alone," if config["train"]["student"]["alpha"] else ""
-    lengths = [models.schedule(config, role)["epochs"] for role in ("student", "baseline")]
+    kept = "" if run.config["assemble"]["stitches"] == "drop" else " without stitches"
+    labels = ", with labels alone," if run.config["train"]["student"]["alpha"] else ""
+    lengths = [models.schedule(run.config, role)["epochs"] for role in ("student", "baseline")]
     epochs = "the same epochs" if lengths[0] == lengths[1] else f"{lengths[1]} epochs instead of {lengths[0]}"
-    parts = [f"student {student:.1f} %, {same} end to end{labels} for {epochs} {baseline:.1f} % "
-             f"({student - baseline:+.1f})", f"chance {100 / config['data']['classes']:.1f} %"]
-    student, baseline = (run.costs.get(role, {}).get("all TMAC") for role in ("student", "baseline"))
-    if student and baseline:
-        times = student / baseline
+    parts = [f"student {student:.1f} %, the same model{kept} end to end{labels} for {epochs} {baseline:.1f} % "
+             f"({student - baseline:+.1f})", f"chance {100 / run.config['data']['classes']:.1f} %"]
+    if {"student", "baseline"} <= run.costs.keys():
+        times = run.costs["student"]["all TMAC"] / run.costs["baseline"]["all TMAC"]
         parts.append(f"the whole pipeline cost {times:.1f} times the baseline's multiply-adds")
-    return "; ".join(filter(None, [*parts, uncounted]))
+    return "; ".join(parts + uncounted)
 
 
 if __name__ == "__main__":
