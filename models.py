@@ -1764,7 +1764,7 @@ class Stage:
         os.set_blocking(speaker, False)
         signal.set_wakeup_fd(speaker, warn_on_full_buffer=False)
         for number in data.SIGNALS:
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: setattr(self, "stopping", True))
         threading.Thread(target=self.listen, daemon=True).start()
         several = "" if name in modules else f"{len(modules)} modules, "
         epochs = "1 epoch" if c["epochs"] == 1 else f"{c['epochs']} epochs"
@@ -1784,14 +1784,17 @@ class Stage:
                                 "same output_dir and the same data.")
 
     def listen(self):
-        """A thread: a signal asks the loop to save and leave at its next check, another ends the process.
+        """A thread. The first signal asks the loop to save and leave; one that comes later ends the process.
 
-        A handler of Python's would not run while the process waits for others inside torch.
+        A handler of Python's would not run while the process waits for others inside torch. A scheduler and
+        torchrun may both send the first one, hence the two seconds.
         """
+        first = None
         while number := os.read(self.listener, 1):
-            if number[0] in data.SIGNALS and self.stopping:
-                os._exit(128 + number[0])
-            self.stopping = self.stopping or number[0] in data.SIGNALS
+            if number[0] in data.SIGNALS:
+                first = first or time.monotonic()
+                if time.monotonic() - first > 2:
+                    os._exit(128 + number[0])
 
     def resume(self):
         """Loads an unfinished stage's checkpoint -> its step. Raises UserError on other settings."""

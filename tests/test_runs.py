@@ -893,7 +893,7 @@ def test_a_hung_process_ends_the_others_after_the_stated_patience_or_at_a_second
     waiting, hung = start_processes(2, "finetune", write_config(tmp_path), "role=meta", before=hang)
     wait_for_a_line(waiting)
     for _ in range(signals):
-        time.sleep(2)  # by now it waits
+        time.sleep(3)  # by now it waits
         os.kill(waiting[0], signal.SIGTERM)
     code, text = end(waiting, seconds=25)
     os.kill(hung[0], signal.SIGKILL)

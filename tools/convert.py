@@ -6,10 +6,8 @@
     python tools/convert.py --config C student_assembled=nac.pth     a whole student; fine-tuning is next
     python tools/convert.py --config C meta=a.pth#model_ema student=b.pt teacher_modules=FOLDER
 
-run.sh then makes what is still missing. A file is one of ours or other people's (docs/weights.md lists the
-formats); FILE#KEY is one of its entries, such as EMA weights. A folder has a file for each module; meta,
-teacher and teacher_assembled take one, too. Nothing in a file is executed. The weights must fit the models of
-the config.
+docs/weights.md lists the formats. FILE#KEY is an entry of a file, such as EMA weights. A folder has a file for
+each module; meta, teacher and teacher_assembled take one, too. Nothing in a file is executed.
 """
 
 import argparse
@@ -31,45 +29,33 @@ import data
 import models
 from data import UserError
 
-# Names of the tensors that belong to the classes, and to the image size.
-CLASSIFIER = ("head.", "pool.to_logits.")
-GRID = ("tokenizer.grid",)
 TARGETS = {  # option: (role, the stage that would have written the result)
     "meta": ("meta", "meta"), "teacher": ("teacher", "teacher"), "student": ("student", "student"),
     "teacher_modules": ("teacher", "incubate"), "student_modules": ("student", "distill"),
     "teacher_assembled": ("teacher", "assemble_teacher"),
     "student_assembled": ("student", "assemble_student")}
 FINAL = ("meta", "teacher", "student")  # no training follows, so no tensor may be fresh
-HINTS = {"ls1.": "LayerScale is not supported", "reg_token": "registers are not supported",
-         "register": "registers are not supported", "dist": "a distillation token is not supported",
-         "fc_norm.": "average pooling is not supported", "qkv.bias": "see qkv_bias",
-         "body.latents.": "see distill.codes", "stitches.": "see assemble.stitches",
-         ".moe.": "see experts and moe_blocks"}
+CLASSIFIER, GRID = ("head.", "pool.to_logits."), ("tokenizer.grid",)  # depend on classes and image size
 
 
 def main():
-    if len(sys.argv) == 1:
-        return print(__doc__)
     options = {target: {"metavar": "PATH"} for target in TARGETS}
     options["fresh"] = {"default": "", "help": "tensors whose names begin so stay as initialized: a,b"}
     config, words = models.command_line(__doc__, (), **options)
     more = tuple(filter(None, words.fresh.split(",")))
-    chosen = {target: models.expand_home(path) for target, path in vars(words).items()
-              if target in TARGETS and path}
+    chosen = {target: path for target, path in vars(words).items() if target in TARGETS and path}
     if not chosen:
         raise UserError(f"Nothing to convert: give one of {', '.join(TARGETS)}, such as teacher=FILE.")
-    process = data.setup("cpu")
-    if process.rank == 0:
-        # Everything is read and fitted before anything is written.
-        results = []
-        for target, path in chosen.items():
-            results += convert(config, target, path, more)
-        models.begin(config, process)
-        for name, file, state, class_names, imported, fresh in results:
-            models.save_finished(config, name, file, state, class_names, imported=imported)
-            count = sum(tensor.numel() for tensor in state.values())
-            print(f"{Path(config['output_dir'], file)}: from {imported}, {count:,} parameters; "
-                  f"fresh: {', '.join(fresh) or 'none'}")
+    # Everything is read and fitted before anything is written.
+    results = []
+    for target, path in chosen.items():
+        results += convert(config, target, models.expand_home(path), more)
+    models.begin(config, data.setup("cpu"))
+    for name, file, state, class_names, imported, fresh in results:
+        models.save_finished(config, name, file, state, class_names, imported=imported)
+        count = sum(tensor.numel() for tensor in state.values())
+        print(f"{Path(config['output_dir'], file)}: from {imported}, {count:,} parameters; "
+              f"fresh: {', '.join(fresh) or 'none'}")
 
 
 def convert(config, target, path, more=()):
@@ -114,19 +100,16 @@ def fit(model, path, config, target, more=()):
     ours = data.class_names(config["data"]) if root and Path(root).exists() else None
     others = theirs != ours if theirs and ours else target == "teacher_assembled"
     if others and target in FINAL:
-        raise UserError(f"{path} knows the classes {reprlib.repr(theirs)}, the data has {reprlib.repr(ours)}"
-                        f"{way_out(target)}.")
-    plain = {name: name.removeprefix("body.") for name in own}  # a student's module is between stitches
-    head = [name for name in own if plain[name].startswith(CLASSIFIER)]
+        raise UserError(f"{path} knows the classes {reprlib.repr(theirs)}, the data has {reprlib.repr(ours)}; "
+                        f"{target}_assembled= makes a fresh classifier, for fine-tuning.")
+    # A student's module is between stitches, its names begin with "body.".
+    begin = {name: name.removeprefix("body.") for name in own}
+    head = [name for name in own if begin[name].startswith(CLASSIFIER)]
     differ = [name for name in own if name in state and state[name].shape != own[name].shape]
-    fresh = [name for name in differ if plain[name].startswith(CLASSIFIER + GRID) and target not in FINAL]
+    fresh = [name for name in differ if begin[name].startswith(CLASSIFIER + GRID) and target not in FINAL]
     fresh += [name for name in head if others and name not in fresh]
-    fresh += [name for name in own if more and plain[name].startswith(more) and name not in fresh]
-    state |= {name: own[name] for name in fresh}
-    try:
-        models.load_state(model, state, path)
-    except UserError as error:
-        raise UserError(f"{str(error).rstrip('.')}{advice(state, own, target)}.") from None
+    fresh += [name for name in own if more and begin[name].startswith(more) and name not in fresh]
+    models.load_state(model, state | {name: own[name] for name in fresh}, path)
     kept = head and not {*head} & {*fresh}
     class_names = kept and theirs or ours or [str(k) for k in range(config["data"]["classes"])]
     # Copies, because the modules of a NAC share tensors.
@@ -156,26 +139,6 @@ def check_options(content, path, config, role):
             raise UserError(f"{path} wants images with data.mean={told['mean']} data.std={told['std']}: set "
                             f"both, because data.{key} is {config['data'][key]}.")
     return class_names
-
-
-def way_out(target):
-    """What to do with weights for other classes, in words."""
-    assembled = "" if target == "meta" else f", or use {target}_assembled= to fine-tune a fresh classifier"
-    return f"; choose the file's own data (data.root, data.classes){assembled}"
-
-
-def advice(state, own, target):
-    """What to do about tensors that do not fit, in words."""
-    role, sizes = TARGETS[target][0], []
-    for tensors in (state, own):
-        widths = [len(value) for name, value in tensors.items() if re.search(r"blocks.*norm1\.weight", name)]
-        sizes.append(f"{len(widths)} blocks of width {max(widths, default=0)}")
-    if sizes[0] != sizes[1]:
-        return f"; the file has {sizes[0]}, {role}.depths and {role}.width make {sizes[1]}"
-    names = " ".join(state.keys() ^ own.keys())
-    if not names and any(state[name].shape != own[name].shape for name in own if name.startswith(CLASSIFIER)):
-        return way_out(target)
-    return next((f"; {words}" for part, words in HINTS.items() if part in names), "")
 
 
 # ---------- Files
