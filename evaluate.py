@@ -67,6 +67,13 @@ def evaluate(role, path, config, process):
                 raise
             models.say(process, f"{name} is left out: {e}")
             continue
+        size = config["data"]["image_size"]
+        fits = data.read_image(images.source(0)).size == (size, size)
+        if name == "test":
+            test_fits = fits
+        elif test_fits and not fits:  # such as ImageNet-R in place of Tiny-ImageNet-R, which was squashed
+            models.say(process, f"{name}: its images are not {size} x {size} as the test images are, so they "
+                       "are resized and cropped.")
         if images.present is not None:
             models.say(process, f"{name}: {len(images.present)} of {config['data']['classes']} classes are "
                        "present; the model chooses among these only.")

@@ -1815,9 +1815,7 @@ class Stage:
         if self.process.world == 1:
             return module
         # With find_unused_parameters gradients are never regrouped, so a resumed run sums them in the same
-        # order. It warns if no parameter is unused, so one is.
-        module = nn.Sequential(module)
-        module.unused = nn.Parameter(torch.zeros((), device=self.process.device))
+        # order. Torch warns once that none is unused; if one were, each step would wait for the GPU.
         return DistributedDataParallel(module, find_unused_parameters=True, gradient_as_bucket_view=True)
 
     def epochs(self):

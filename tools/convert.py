@@ -29,11 +29,10 @@ import data
 import models
 from data import UserError
 
-TARGETS = {  # option: (role, the stage that would have written the result)
-    "meta": ("meta", "meta"), "teacher": ("teacher", "teacher"), "student": ("student", "student"),
-    "teacher_modules": ("teacher", "incubate"), "student_modules": ("student", "distill"),
-    "teacher_assembled": ("teacher", "assemble_teacher"),
-    "student_assembled": ("student", "assemble_student")}
+TARGETS = {  # option: the stage that would have written the result
+    "meta": "meta", "teacher": "teacher", "student": "student", "teacher_modules": "incubate",
+    "student_modules": "distill", "teacher_assembled": "assemble_teacher",
+    "student_assembled": "assemble_student"}
 FINAL = ("meta", "teacher", "student")  # no training follows, so no tensor may be fresh
 CLASSIFIER, GRID = ("head.", "pool.to_logits."), ("tokenizer.grid",)  # depend on classes and image size
 
@@ -60,7 +59,8 @@ def main():
 
 def convert(config, target, path, more=()):
     """Reads what one option names -> [(stage, file, state dict, class names, imported, fresh tensors), …]."""
-    role, name = TARGETS[target]
+    name = TARGETS[target]
+    role = models.STAGES[name][1]
     files, whole = models.files(config, name), models.build(config, role)
     for file in files:
         there = Path(config["output_dir"], file)
@@ -81,12 +81,9 @@ def convert(config, target, path, more=()):
 
 
 def fit(model, path, config, target, more=()):
-    """Loads a file into a model or module -> its state dict, class names, imported, fresh tensors' names.
-
-    `more`: beginnings of names that stay fresh besides.
-    """
+    """Loads a file into a model or module -> its state dict, class names, imported, fresh tensors' names."""
     state, content, imported = read_weights(path)
-    theirs = check_options(content, path, config, TARGETS[target][0])
+    theirs = check_options(content, path, config, models.STAGES[TARGETS[target]][1])
     state, own = translate(state, model), model.state_dict()
     for name, value in own.items():
         if name.endswith("pos_embed") and name in state:
@@ -101,7 +98,7 @@ def fit(model, path, config, target, more=()):
     others = theirs != ours if theirs and ours else target == "teacher_assembled"
     if others and target in FINAL:
         raise UserError(f"{path} knows the classes {reprlib.repr(theirs)}, the data has {reprlib.repr(ours)}; "
-                        f"{target}_assembled= makes a fresh classifier, for fine-tuning.")
+                        "teacher_assembled= and student_assembled= make a fresh classifier.")
     # A student's module is between stitches, its names begin with "body.".
     begin = {name: name.removeprefix("body.") for name in own}
     head = [name for name in own if begin[name].startswith(CLASSIFIER)]
@@ -159,13 +156,13 @@ def read(path):
             return importlib.import_module("safetensors.torch").load_file(path)
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        return content if isinstance(content, dict) else {f"a {type(content).__name__}": None}
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
     except Exception as e:  # pickle, zip and torch each have errors of their own for a broken or foreign file
-        code = re.search(r"GLOBAL (\S+)", str(e))
-        reason = re.split(r"\n|\. ", str(e))[0].rstrip(".") or type(e).__name__  # EOFError has no words
-        if re.search("weights.only", reason, re.I):  # torch's advice
-            reason = "torch.save did not write it"
-        reason = f"it holds a {code[1]}, which could run code" if code else reason
+        if code := re.search(r"GLOBAL (\S+)", str(e)):
+            raise UserError(f"{path} holds a {code[1]}, which could run code.") from None
+        reason = re.split(r"\n|\. ", str(e))[0] or type(e).__name__  # EOFError has no words
         raise UserError(f"{path} is not a checkpoint that can be read: {reason}.") from None
 
 
@@ -176,13 +173,14 @@ def read_weights(path):
         file, entry = str(path), ""
     content = state = read(file)
     if entry:
-        state = content.get(entry, {f"no {entry}, but {', '.join(map(str, content))}": None})
+        if entry not in content:
+            raise UserError(f"{file} holds no {entry}, but {', '.join(map(str, content))}.")
+        state = content[entry]
     for key in ("model", "state_dict", "block_state_dict", "model_state_dict", "module") * 2:  # also nested
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
-        keys = ", ".join(map(str, state))[:200] if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path} holds no state dict (names to dense tensors), but {keys or 'nothing'}.")
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no state dict, but a {type(state).__name__}.")
     for name, value in state.items():
         dense = isinstance(value, torch.Tensor) and value.layout == torch.strided
         if not (dense and value.is_floating_point()):

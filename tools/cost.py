@@ -63,12 +63,8 @@ def stages_before(config, name, stop=()):
 def print_list(config, to_do, done, goal):
     """Prints the commands of run.sh. Raises UserError where one of them would."""
     for name in to_do:
-        try:
-            with torch.device("meta"):
-                models.build(config, models.STAGES[name][1])
-        except UserError as e:
-            raise UserError(f"{name} cannot be made: {e} If its result, or that of a later stage, comes from "
-                            "elsewhere, import it first with tools/convert.py.") from None
+        with torch.device("meta"):
+            models.build(config, models.STAGES[name][1])
         if not name.startswith("assemble"):
             steps_of(config, name, 1)
     commands = ["{} role={}".format(*models.STAGES[name]) for name in to_do]
@@ -79,9 +75,11 @@ def print_list(config, to_do, done, goal):
             commands.append("tools/few_shot.py role=all")
         commands.append(f"tools/report.py {config['output_dir']}")
     print(*commands, sep="\n")
-    files = {name: [models.finished(config, name, file) for file in models.files(config, name)] for name in done}
-    others = [name for name in done  # an imported file has no code
-              if any(models.about(file).get("code", models.code()) != models.code() for file in files[name])]
+    others = []
+    for name in done:
+        paths = [models.finished(config, name, file) for file in models.files(config, name)]
+        if {models.about(path).get("code") for path in paths} - {None, models.code()}:  # None: imported
+            others.append(name)
     if done:
         note = f" ({', '.join(others)}: made by other code)" if others else ""
         print(f"finished already: {', '.join(done)}{note}", file=sys.stderr)

@@ -33,8 +33,7 @@ def main():
         model = models.build(config, role)
         models.load_weights(model, path)
         if known := {*models.about(path)["class_names"]} & {*images.class_names}:
-            models.say(process, f"{role} was trained on classes of {len(known)} of these "
-                       f"{len(images.class_names)} names, such as {min(known)!r}: they are not new to it")
+            models.say(process, f"{role} was trained on {len(known)} of these classes, such as {min(known)!r}")
         for result in few_shot(model.to(process.device).eval(), images, config, process):
             if process.rank == 0:
                 evaluate.keep(results, {"role": role, **result})
@@ -129,20 +128,18 @@ def linear_probe(support, query, ways):
     best 5?
     """
     E, D = len(support), support.shape[2]
-
-    def labels(x):  # E ways·n
-        return torch.arange(ways, device=x.device).repeat_interleave(x.shape[1] // ways).expand(E, -1)
-
+    labels, asked = (torch.arange(ways, device=x.device).repeat_interleave(x.shape[1] // ways).expand(E, -1)
+                     for x in (support, query))  # E ways·n, E ways·m
     # From zero, and convex: no seed. Without a bias, because classes are balanced and features have mean 0.
     weight = torch.zeros(E, D, ways, device=support.device, requires_grad=True)
     optimizer = torch.optim.Adam([weight], lr=0.01)
     for _ in range(100):
         # The sum: an episode's gradient does not depend on how many others there are.
-        loss = F.cross_entropy((support @ weight).transpose(1, 2), labels(support), reduction="sum")
+        loss = F.cross_entropy((support @ weight).transpose(1, 2), labels, reduction="sum")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    hits = (query @ weight.detach()).topk(min(5, ways)).indices == labels(query)[..., None]
+    hits = (query @ weight.detach()).topk(min(5, ways)).indices == asked[..., None]
     return torch.stack([hits[..., 0], hits.any(-1)], dim=-1)
 
 

@@ -6,7 +6,6 @@
     python tools/prepare.py cifar100 OUT.npz FOLDER         of the binary version
     python tools/prepare.py cub OUT FOLDER                  links, sorted into splits and classes
     python tools/prepare.py tiny_imagenet OUT FOLDER        links, likewise
-    python tools/prepare.py renditions OUT FOLDER           the test images of a folder, redrawn
     python tools/prepare.py tiny_imagenet_r OUT FOLDER      ImageNet-R, squashed to 64 x 64 pixels
 
 An .npz also holds renditions of its test images. OUT is written whole or not at all: an .npz is replaced, a
@@ -171,25 +170,7 @@ def draw_glyph(label, index, size=32, characters=GLYPHS):
     return np.clip(np.asarray(canvas) + noise, 0, 255).astype(np.uint8)
 
 
-# ---------- Renditions: a robustness set made out of any test set, as ImageNet-R is one of ImageNet
-
-
-def renditions(out, folder):
-    images = data.load({"data": {"root": str(folder), "classes": None, "test_images": 0}}, "test")
-    save_folder(out, redrawn(images, rendition))
-
-
-def tiny_imagenet_r(out, folder):
-    """All classes of ImageNet-R. Evaluation takes those of the training set, by name."""
-    names = data.class_folders(folder)
-    images = data.read_folders(folder, names, names)
-    save_folder(out, redrawn(images, lambda image, _: image.resize((64, 64))))
-
-
-def redrawn(images, change):
-    """change(image, index) of each image, in its class folder. The numbers keep the set's order."""
-    for i, label in enumerate(images.labels.tolist()):
-        yield f"{images.class_names[label]}/{i:06}.png", change(data.read_image(images.source(i)), i)
+# ---------- Renditions: a robustness set made out of a test set, as ImageNet-R is one of ImageNet
 
 
 def rendition(image, index):
@@ -254,6 +235,14 @@ def cub(out, folder):
     save_folder(out, [(f"{splits[train[n]]}/{file}", folder / "images" / file) for n, file in files.items()])
 
 
+def tiny_imagenet_r(out, folder):
+    """All classes of ImageNet-R. Evaluation takes those of the training set, by name."""
+    names = data.class_folders(folder)
+    files = data.read_folders(folder, names, names).files
+    save_folder(out, ((f"{Path(file).relative_to(folder).parts[0]}/{i:06}.png",
+                       data.read_image(file).resize((64, 64))) for i, file in enumerate(files)))
+
+
 def tiny_imagenet(out, folder):
     """train/ is linked as it is, val/ by class. It comes as one folder and a list of file, class and box."""
     names, flat = data.class_folders(folder / "train"), folder / "val/images"
@@ -269,8 +258,7 @@ def tiny_imagenet(out, folder):
 
 
 SETS = {"demo": demo, "glyphs": glyphs, "lower_case": lower_case, "fashion_mnist": fashion_mnist,
-        "cifar100": cifar100, "cub": cub, "tiny_imagenet": tiny_imagenet, "renditions": renditions,
-        "tiny_imagenet_r": tiny_imagenet_r}
+        "cifar100": cifar100, "cub": cub, "tiny_imagenet": tiny_imagenet, "tiny_imagenet_r": tiny_imagenet_r}
 
 if __name__ == "__main__":
     models.run(main)

@@ -6,7 +6,7 @@
 A run's name is its folder's without the seed: runs/demo_nac-s3-alpha0 -> demo_nac-alpha0. Runs of one name
 may differ in their seed alone. ±: sample standard deviation over seeds. against X: difference to the same
 model of the first name, seed by seed. TMAC: 10¹² multiply-adds in training, counted from the log, of the
-stages that train the model itself (own) and of all that it needs. own s: seconds of its own stages.
+stages that train the model itself (own) and of all that it needs.
 """
 
 import functools
@@ -22,8 +22,6 @@ import cost
 import evaluate
 import models
 from data import UserError
-
-COSTS = ("own TMAC", "all TMAC", "own s")
 
 
 def main():
@@ -91,11 +89,12 @@ class Run:
     def find(self, name):
         """-> the folder from which this run has a stage's result, and its settings; or None and {}."""
         file = models.files(self.config, name)[0]
-        for path in models.paths(self.config, file):
-            about, folder = models.about(path), path.parents[len(Path(file).parts) - 1]
-            settings = about.get("settings") or {file: about.get("imported")}
-            if folder == self.folder or all(self.settings.get(k, v) == v for k, v in settings.items()):
-                return folder, settings
+        for folder in map(Path, models.folders(self.config)):
+            if (folder / file).is_file():
+                about = models.about(folder / file)
+                settings = about.get("settings") or {file: about.get("imported")}
+                if folder == self.folder or all(self.settings.get(k, v) == v for k, v in settings.items()):
+                    return folder, settings
         return None, {}
 
     def check_beside(self, other):
@@ -127,31 +126,28 @@ class Run:
         imported = [name for name in files if self.settings.keys() & {*files[name]}]
         before = {role: cost.stages_before(self.config, role, imported) for role in self.scores}
         used = [name for name in files if any(name in names for names in before.values())]
-        spent = {name: self.spent(name) for name in used if name not in imported and "assemble" not in name}
+        tmac = {name: self.spent(name) for name in used if name not in imported and "assemble" not in name}
         self.uncounted = [f"{name} (imported)" for name in used if name in imported]
-        self.uncounted += [f"{name} (its log is not there)" for name in spent if not spent[name]]
+        self.uncounted += [f"{name} (its log is not there)" for name in tmac if tmac[name] is None]
         self.costs = {}
         for role, names in before.items():
-            every = {name: spent[name] for name in names if spent.get(name)}
-            own = [name for name in every if models.STAGES[name][1] == role]
+            every = {name: tmac[name] for name in names if tmac.get(name) is not None}
             if every:
-                self.costs[role] = {"own TMAC": sum(every[name][1] for name in own),
-                                    "all TMAC": sum(tmac for _, tmac in every.values()),
-                                    "own s": sum(every[name][0] for name in own)}
+                own = sum(every[name] for name in every if models.STAGES[name][1] == role)
+                self.costs[role] = {"own TMAC": own, "all TMAC": sum(every.values())}
 
     def spent(self, name):
-        """Seconds and 10¹² multiply-adds of a stage, from the log of the run that made it; None without."""
+        """10¹² multiply-adds of a stage, from the log of the run that made it; None without."""
         if not models.schedule(self.config, name)["epochs"]:
-            return 0, 0
+            return 0
         # What this run made itself, or has begun, is in its own log.
         for folder in (self.folder, self.find(name)[0]):
             lines = [line for line in read_log(folder) if line["stage"] == name] if folder else []
             if lines:
-                # Runs that differ in this alone cost the same, and are counted once.
+                # Runs that differ in these keys alone cost the same, and are counted once.
                 config = json.dumps({**self.config, "seed": 0, "output_dir": "", "share": None})
-                macs = sum(line["images"] / len(line["modules"])
+                return sum(line["images"] / len(line["modules"]) / 1e12
                            * per_image(config, name, tuple(line["modules"])) for line in lines)
-                return sum(line["seconds"] for line in lines), macs / 1e12
         return None
 
 
@@ -189,7 +185,7 @@ def table(runs, several):
                      if plain.name == first != name and plain.config["seed"] == run.config["seed"]]
             gains = [new["test"] - old["test"] for new, old in pairs if "test" in new and "test" in old]
             line[f"against {first}, test"] = mean_std(gains, "+")
-        for column in COSTS:
+        for column in ("own TMAC", "all TMAC"):
             values = [run.costs[role][column] for run in own if role in run.costs]
             line[column] = cost.short(statistics.mean(values)) if values else "–"
         lines.append(line)
