@@ -1,6 +1,7 @@
 """Runs the stages on a CUDA device that computes nothing, with torch's CPU build.
 
-    python tests/fake_cuda.py CONFIG WORLD
+    python tests/fake_cuda.py CONFIG WORLD      all stages
+    python tests/fake_cuda.py count CONFIG      the kernels of a step of fine-tuning the student
 
 Shapes, dtypes (bfloat16 autocast) and devices are those of CUDA, so a tensor left on the CPU, a wrong dtype
 or a mask that no fused kernel takes is an error. Every stage is cut off after its first step and resumed.
@@ -14,6 +15,7 @@ import contextlib
 import ctypes
 import io
 import json
+import math
 import os
 import sys
 import tempfile
@@ -27,6 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 WAITS = collections.Counter()
@@ -248,5 +252,64 @@ def main(config, world, *words):
             run(script, role)
 
 
+class Kernels(TorchDispatchMode):
+    """Counts the kernels that a GPU would launch, and the bytes that go in and out of elementwise ones."""
+
+    PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_grouped_mm"}
+    # Kernels of an operation that launches several: as seen in traces, of which these are the rule
+    SEVERAL = {"native_layer_norm_backward": 2, "convolution_backward": 3, "topk": 2, "sort": 4,
+               "_scaled_dot_product_flash_attention_backward": 4,
+               "_scaled_dot_product_efficient_attention_backward": 4}
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.casts, self.bytes = 0, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function._schema.name.removeprefix("aten::")
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        nothing = function.is_view or "empty" in name or name == "_unsafe_view"
+        if nothing or any(x.device.type != "cuda" for x in made):
+            return out
+        # AdamW takes as many parameters at once as fit into a kernel's arguments.
+        several = math.ceil(len(args[0]) / 36) if name == "_fused_adamw_" else self.SEVERAL.get(name, 1)
+        self.kernels += several
+        self.casts += name == "_to_copy"
+        if name not in self.PRODUCTS and "attention" not in name:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.bytes += sum(map(size, tensors + made))
+        return out
+
+
+def size(tensor):
+    """Bytes in memory; what is expanded is there once."""
+    lengths = [n for n, stride in zip(tensor.shape, tensor.stride()) if stride]
+    return math.prod(lengths) * tensor.element_size()
+
+
+def count(config, *words):
+    """Prints the kernels, casts and elementwise gigabytes of a step of fine-tuning the student, as JSON."""
+    models = install(1).models
+    config = models.load_config(config, words)
+    c, options = models.schedule(config, "student"), config["data"]
+    kernels = Kernels()
+    with Mode():
+        with torch.device("cuda"):
+            model = models.build(config, "student").train()
+            images = torch.randn(c["batch"], 3, options["image_size"], options["image_size"])
+            targets = torch.rand(c["batch"], options["classes"])
+        models.set_drop_path(model, c["drop_path"])
+        optimizer = models.optimizer(model, c)
+        for counted in (contextlib.nullcontext(), kernels):  # the first step makes AdamW's state
+            with counted:
+                with torch.autocast("cuda", torch.bfloat16, enabled=config["precision"] != "float32"):
+                    loss = models.soft_target_ce(model(images).float(), targets)
+                (loss + models.regularizer(model, config)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    print(json.dumps({"kernels": kernels.kernels, "casts": kernels.casts, "gigabytes": kernels.bytes / 1e9}))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (count if sys.argv[1] == "count" else main)(*sys.argv[2 if sys.argv[1] == "count" else 1:])

@@ -120,6 +120,8 @@ def modules(state, depths=(1, 1, 1, 1)):
 
 
 VIT = dict(patch=4, width=24, heads=3, depths=[1, 1, 1, 1])
+VIT_STUDENT = ["student.kind=vmoe", "student.experts=0", "student.patch=4", "student.width=24",
+               "student.heads=3", "student.mlp_ratio=4", "student.depths=[1,1,1,1]"]
 VMOE = dict(VIT, kind="vmoe", width=12, heads=2, experts=4)
 NAC = dict(kind="nac", width=24, heads=2, mlp_ratio=2, head_width=8, latents=[6, 12, 4], propagators=2,
            code_width=16, signature_width=8, tokenizer_blocks=1, grid_width=4, grid_size=2)
@@ -328,9 +330,9 @@ def test_files_that_are_cut_short_damaged_or_none_are_named(tmp_path, bring):
     file.write_bytes(file.read_bytes().replace(b"weights", b"weighty"))
     assert "checksum of its record data/0 is wrong" in bring(path, f"teacher={file}", expect=2)
     file.write_text("<html>404</html>")
-    assert "torch.save did not write it" in bring(path, f"teacher={file}", expect=2)
+    assert "w.pth is not a checkpoint that can be read" in bring(path, f"teacher={file}", expect=2)
     assert "no.pth" in bring(path, f"teacher={tmp_path}/no.pth", expect=2)
-    for content, words in (({"network": small(), "step": 3}, "network, step"), ([1], "a list"),
+    for content, words in (({"network": small(), "step": 3}, "the entry network is not"), ([1], "a list"),
                            ({**small(), "_extra_state": None}, "the entry _extra_state is not a dense"),
                            ({**small(), "index": torch.arange(4)}, "index is not a dense tensor of float")):
         torch.save(content, file)
@@ -361,21 +363,20 @@ def pooled(state):
 
 
 WRONG = {  # what is wrong with the file -> (change, what the sentence must name)
-    "a distilled DeiT": (distilled, ["dist", "a distillation token is not supported"]),
-    "LayerScale": (put("blocks.1.ls1.gamma", 24), ["blocks.1.ls1.gamma (24,)", "LayerScale is not"]),
-    "registers": (put("reg_token", 1, 4, 24), ["reg_token (1, 4, 24)", "registers are not supported"]),
-    "a norm after pooling": (pooled, ["norm.weight", "average pooling is not supported"]),
-    "too deep": (lambda s: s.update(small(depth=12)),
-                 ["blocks.4.", "the file has 12 blocks of width 24, teacher.depths and teacher.width make"]),
-    "one block too few": (drop("blocks.3."), ["lacks the tensor blocks.3.norm1.weight (24,)", "3 blocks"]),
-    "no qkv bias": (drop("qkv.bias"), ["lacks the tensor blocks.0.attn.qkv.bias (72,)", "see qkv_bias"]),
+    "a distilled DeiT": (distilled, ["dist"]),
+    "LayerScale": (put("blocks.1.ls1.gamma", 24), ["an unexpected tensor blocks.1.ls1.gamma (24,)"]),
+    "registers": (put("reg_token", 1, 4, 24), ["an unexpected tensor reg_token (1, 4, 24)"]),
+    "a norm after pooling": (pooled, ["lacks the tensor norm.weight"]),
+    "too deep": (lambda s: s.update(small(depth=12)), ["an unexpected tensor blocks.4."]),
+    "one block too few": (drop("blocks.3."), ["lacks the tensor blocks.3.norm1.weight (24,)"]),
+    "no qkv bias": (drop("qkv.bias"), ["lacks the tensor blocks.0.attn.qkv.bias (72,)"]),
     "other classes": (lambda s: s.update(small(classes=1000)),
-                      ["head.weight is (1000, 24), the model's (5, 24)", "use teacher_assembled="]),
+                      ["head.weight is (1000, 24), the model's (5, 24)"]),
     "no head": (drop("head."), ["lacks the tensor head.weight (5, 24)"]),
     "another patch": (put("patch_embed.proj.weight", 24, 3, 8, 8),
                       ["patch_embed.proj.weight is (24, 3, 8, 8), the model's (24, 3, 4, 4)."]),
     "another width": (lambda s: s.update(state_dict(width=48)),
-                      ["cls_token is (1, 1, 48), the model's (1, 1, 24)", "4 blocks of width 48"]),
+                      ["cls_token is (1, 1, 48), the model's (1, 1, 24)"]),
     "a grid that is no square": (put("pos_embed", 1, 13, 24),
                                  ["pos_embed is (1, 13, 24), the model's (1, 17, 24)"]),
     "weights that are not finite": (lambda s: s["blocks.2.mlp.fc1.bias"].fill_(torch.nan),
@@ -393,7 +394,7 @@ def test_what_does_not_fit_is_named_in_one_sentence(teacher, wrong, wrapping):
 
 def test_a_vit_is_not_read_as_a_nac_or_as_a_v_moe(tmp_path, bring):
     torch.save(small(), tmp_path / "w.pth")
-    for student, word in ((NAC, "the file has 4 blocks"), (dict(VIT, kind="vmoe", experts=2), "see experts")):
+    for student, word in ((NAC, "lacks the tensor"), (dict(VIT, kind="vmoe", experts=2), ".moe.")):
         assert word in bring(config_file(tmp_path, student), f"student={tmp_path}/w.pth", expect=2)
 
 
@@ -507,7 +508,7 @@ def test_the_released_nac_modules_are_assembled_fine_tuned_and_scored(tmp_path, 
     states = nac_modules(tmp_path / "modules")
     path = config_file(tmp_path, **ORIGINAL, assemble={"stitches": stitches, "graph_groups": 2})
     text = bring(path, "distill.codes=own", f"student_modules={tmp_path}/modules", expect=2)
-    assert "ReadInStudent.pth lacks the tensor body.latents.codes (6, 16); see distill.codes" in text
+    assert "ReadInStudent.pth lacks the tensor body.latents.codes (6, 16)" in text
     text = bring(path, f"student_modules={tmp_path}/modules")
     assert text.count("fresh: none") == 3
     assert "student_modules/1.pt: from MediatorStudent_1.pth" in text
@@ -621,7 +622,7 @@ def test_a_pretrained_vit_becomes_the_teacher_with_a_fresh_classifier(tmp_path, 
     other = config_file(tmp_path / "c", names=NAMES[::-1])
     assert "fresh: head.weight, head.bias" in bring(other, word)
     text = bring(other, f"teacher={tmp_path}/run/teacher.pt", expect=2)
-    assert "knows the classes ['ant'" in text and "use teacher_assembled=" in text
+    assert "knows the classes ['ant'" in text and "teacher_assembled=" in text
 
 
 def test_modules_of_one_run_serve_another_on_other_classes_and_sizes(tmp_path, bring, run):
@@ -717,13 +718,25 @@ def test_a_trained_result_is_not_replaced_and_nothing_is_written_if_a_file_does_
     assert "output_dir" in (tmp_path / "run/config.yaml").read_text()
 
 
-def test_without_arguments_the_usage_is_printed_and_without_data_classes_are_numbers(
-        tmp_path, bring, monkeypatch, capsys):
+def test_names_that_begin_with_fresh_stay_as_initialized(tmp_path, bring):
+    state = small()
+    torch.save(state, tmp_path / "w.pth")
+    path = config_file(tmp_path)
+    text = bring(path, f"student_assembled={tmp_path}/w.pth", "fresh=blocks.3.mlp,head.bias", *VIT_STUDENT)
+    fresh = [f"blocks.3.mlp.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
+    assert text.strip().endswith(f"fresh: {', '.join([*fresh, 'head.bias'])}")
+    new = weights(tmp_path / "run/student_assembled.pt")
+    started = models.build(models.load_config(path, VIT_STUDENT), "student").state_dict()
+    assert same(new, {name: started[name] if name in [*fresh, "head.bias"] else state[name] for name in new})
+    # A module's names are those without its stitches. What is fresh need not be in the file.
+    save_modules(tmp_path / "m", modules(small(drop("norm2"))))
+    text = bring(path, f"teacher_modules={tmp_path}/m", "fresh=blocks.0.norm2")
+    assert text.count("fresh: blocks.0.norm2.weight, blocks.0.norm2.bias\n") == 4
+
+
+def test_without_data_classes_are_numbers_and_an_option_is_needed(tmp_path, bring):
     torch.save(small(), tmp_path / "w.pth")
     path = config_file(tmp_path, data={"root": "gone.npz", "classes": 5, "image_size": 16})
     bring(path, f"teacher={tmp_path}/w.pth")
     assert models.load(tmp_path / "run/teacher.pt").class_names == ["0", "1", "2", "3", "4"]
     assert "give one of meta, teacher" in bring(config_file(tmp_path), expect=2)
-    monkeypatch.setattr(sys, "argv", ["convert.py"])
-    convert.main()
-    assert "python tools/convert.py --config C teacher=deit.pth" in capsys.readouterr().out

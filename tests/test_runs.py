@@ -901,6 +901,23 @@ def test_a_hung_process_ends_the_others_after_the_stated_patience_or_at_a_second
     assert code in codes and ("Timed out" in text) == (not signals), (code, text)
 
 
+def test_processes_that_would_begin_differently_all_end_with_a_sentence(tmp_path):
+    """Two machines without a common disk: one has a checkpoint, the other has none."""
+    paths = [write_config(tmp_path / folder) for folder in ("a", "b")]
+    run("finetune", paths[0], "role=meta", before=die(models, "learning_rate", 2, signal.SIGTERM), expect=143)
+    checkpoint = tmp_path / "a/run/meta.unfinished.pt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["settings"]["processes"] = 2
+    torch.save(content, checkpoint)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+    both = [start("finetune", paths[rank], "role=meta", rank=rank, env={**env, "RANK": str(rank)})
+            for rank in (0, 1)]
+    for code, text in map(end, both):
+        assert code == 2 and "step is 2 for process 0, 0 for process 1" in text, text
+
+
 def test_an_error_in_one_process_leaves_none_hanging(tmp_path):
     path, full = write_config(tmp_path), no_room("meta.unfinished.pt")
     processes = start_processes(2, "finetune", path, "role=meta", before=lambda rank: rank or full())

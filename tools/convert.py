@@ -6,8 +6,8 @@
     python tools/convert.py --config C student_assembled=nac.pth     a whole student; fine-tuning is next
     python tools/convert.py --config C meta=a.pth#model_ema student=b.pt teacher_modules=FOLDER
 
-docs/weights.md lists the formats. FILE#KEY is an entry of a file, such as EMA weights. A folder has a file for
-each module; meta, teacher and teacher_assembled take one, too. Nothing in a file is executed.
+docs/weights.md lists the formats. FILE#KEY is an entry of a file, such as EMA weights. A folder has a file
+for each module; meta, teacher and teacher_assembled take one, too. Nothing in a file is executed.
 """
 
 import argparse
@@ -97,10 +97,9 @@ def fit(model, path, config, target, more=()):
     ours = data.class_names(config["data"]) if root and Path(root).exists() else None
     others = theirs != ours if theirs and ours else target == "teacher_assembled"
     if others and target in FINAL:
-        raise UserError(f"{path} knows the classes {reprlib.repr(theirs)}, the data has {reprlib.repr(ours)}; "
-                        "teacher_assembled= and student_assembled= make a fresh classifier.")
-    # A student's module is between stitches, its names begin with "body.".
-    begin = {name: name.removeprefix("body.") for name in own}
+        raise UserError(f"{path} knows the classes {reprlib.repr(theirs)}, the data has {reprlib.repr(ours)}."
+                        " teacher_assembled= and student_assembled= make a fresh classifier.")
+    begin = {name: name.removeprefix("body.") for name in own}  # a student's module is between stitches
     head = [name for name in own if begin[name].startswith(CLASSIFIER)]
     differ = [name for name in own if name in state and state[name].shape != own[name].shape]
     fresh = [name for name in differ if begin[name].startswith(CLASSIFIER + GRID) and target not in FINAL]

@@ -24,7 +24,7 @@ from data import UserError
 
 # Training images of sets that need not be on this machine, by the name of data.root.
 TRAIN_IMAGES = {"imagenet": 1281167, "tiny_imagenet": 100000}
-RATE = 150 / 2 * 3600  # 10¹² multiply-adds of an hour at 150 TFLOP/s
+TMAC_AN_HOUR = 150 / 2 * 3600  # at 150 TFLOP/s
 
 
 def main():
@@ -36,7 +36,20 @@ def main():
     if words.list:
         models.check_inputs(config)
     to_do, done = plan(config, [goal] if goal else ["student", "baseline"])
-    print_list(config, to_do, done, goal) if words.list else print_table(config, to_do, done)
+    if not words.list:
+        return print_table(config, to_do, done)
+    last = [] if goal else ["evaluate.py role=all", f"tools/report.py {config['output_dir']}"]
+    if config["few_shot"]["root"] and not goal:
+        few_shot.few_shot_set(config)
+        last.insert(1, "tools/few_shot.py role=all")
+    for name in to_do:
+        with torch.device("meta"):
+            models.build(config, models.STAGES[name][1])
+        if not name.startswith("assemble"):
+            steps_of(config, name, 1)
+    if done:
+        print(f"finished already: {', '.join(done)}{by_other_code(config, done)}", file=sys.stderr)
+    print(*["{} role={}".format(*models.STAGES[name]) for name in to_do], *last, sep="\n")
 
 
 def plan(config, goals):
@@ -60,29 +73,12 @@ def stages_before(config, name, stop=()):
     return list(dict.fromkeys([*names, name]))
 
 
-def print_list(config, to_do, done, goal):
-    """Prints the commands of run.sh. Raises UserError where one of them would."""
-    for name in to_do:
-        with torch.device("meta"):
-            models.build(config, models.STAGES[name][1])
-        if not name.startswith("assemble"):
-            steps_of(config, name, 1)
-    commands = ["{} role={}".format(*models.STAGES[name]) for name in to_do]
-    if not goal:
-        commands.append("evaluate.py role=all")
-        if config["few_shot"]["root"]:
-            few_shot.few_shot_set(config)
-            commands.append("tools/few_shot.py role=all")
-        commands.append(f"tools/report.py {config['output_dir']}")
-    print(*commands, sep="\n")
-    others = []
-    for name in done:
-        paths = [models.finished(config, name, file) for file in models.files(config, name)]
-        if {models.about(path).get("code") for path in paths} - {None, models.code()}:  # None: imported
-            others.append(name)
-    if done:
-        note = f" ({', '.join(others)}: made by other code)" if others else ""
-        print(f"finished already: {', '.join(done)}{note}", file=sys.stderr)
+def by_other_code(config, done):
+    """The finished stages that another version of the code made, in words. Imported weights do not tell."""
+    files = [(name, file) for name in done for file in models.files(config, name)]
+    codes = {name: models.about(models.finished(config, name, file)).get("code") for name, file in files}
+    names = [name for name, code in codes.items() if code not in (None, models.code())]
+    return f" ({', '.join(names)}: made by other code)" if names else ""
 
 
 def print_table(config, to_do, done):
@@ -99,39 +95,40 @@ def print_table(config, to_do, done):
         tmac = macs * steps * world * s["accumulate"] / 1e12
         total += tmac
         print(f"{name:9}{parameters:12,}{images:11,}{s['epochs']:7}{steps:10,}{batch:6}  "
-              f"{s['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}"
-              f"{short(tmac):>11}{short(tmac / RATE):>12}")
-    print(f"to do{short(total):>84}{short(total / RATE):>12}")
+              f"{s['lr'] * batch / 512:7.2g} → {low:<7.2g}{state / 2**30:10.2f}{short(tmac):>11}"
+              f"{short(tmac / TMAC_AN_HOUR, 0.01):>12}")
+    print(f"to do{short(total):>84}{short(total / TMAC_AN_HOUR, 0.01):>12}")
     print("images: of an epoch; batch: of all processes and one step; state: weights, gradients and AdamW's\n"
           "moments of a process in float32, and activations come on top; TMAC: 10^12 multiply-adds of all\n"
           "epochs, forward and backward; GPU hours: hours at 150 TFLOP/s a GPU, of all GPUs together")
 
 
-def short(number):
+def short(number, least=0.0):
     """Three digits, of thousands all digits before the point."""
+    if 0 < number < least:
+        return f"< {least}"
     return f"{number:,.0f}" if 1000 <= number < 1e6 else f"{number:.3g}"
 
 
 def steps_of(config, name, world):
-    """Images in an epoch of a stage, and its steps. Of a set that is not here the size is known or told."""
+    """Images in an epoch of a stage, and all its steps. The size of a set that is not here is told."""
     s, options = models.schedule(config, name), config["data"]
     if os.path.exists(options["root"]):
         images = data.epoch_images(config, s["block"])
     else:
         known = TRAIN_IMAGES.get(Path(options["root"]).name, 0) - (options["validation_images"] or 0)
-        images = options["train_images"] or known
-        if images < 1:
-            raise UserError(f"data.root={options['root']!r} is not there; set data.train_images to do without.")
-        first, stop = s["images"] or (0, images)
-        images = (min(images, stop) - first) * s["passes"]
+        first, stop = s["images"] or (0, options["train_images"] or known)
+        if stop < 1:
+            raise UserError(f"data.root={options['root']!r} is not there; set data.train_images.")
+        images = (stop - first) * s["passes"]
     return images, s["epochs"] * data.steps_per_epoch(images, s["batch"], world, s["accumulate"], s["block"])
 
 
 def cost(config, name, only=()):
     """-> trainable parameters; bytes of weights, gradients and AdamW's moments; multiply-adds of a batch.
 
-    The batch is that of one process. The multiply-adds are those of matrix products and convolutions in
-    training, of a stage of modules those of the modules in `only`, if it names any.
+    The batch is that of one process. Multiply-adds are those of matrix products and convolutions in training,
+    of a stage of modules those of the modules in `only`, if it names any.
     """
     role = {"incubate": "teacher", "distill": "student"}.get(name, name)
     alone = name == role  # a whole model, not modules in the meta model

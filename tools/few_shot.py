@@ -21,31 +21,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import evaluate
 import models
+from data import UserError
 
 
 def main():
     config, words = models.command_line(__doc__, (*evaluate.ROLES, "all"))
-    images, process = few_shot_set(config), data.setup(config["device"])
+    few, images, process = config["few_shot"], few_shot_set(config), data.setup(config["device"])
     results = Path(config["output_dir"], "results.json")
+    stem = Path(few["root"]).absolute().name.removesuffix(".npz")
     if process.rank == 0 and not results.with_name("config.yaml").exists():
         models.begin(config, process)
     for role, path in evaluate.trained(config, words.role).items():
         model = models.build(config, role)
         models.load_weights(model, path)
         if known := {*models.about(path)["class_names"]} & {*images.class_names}:
-            models.say(process, f"{role} was trained on {len(known)} of these classes, such as {min(known)!r}")
-        for result in few_shot(model.to(process.device).eval(), images, config, process):
+            models.say(process, f"{role} was trained on {len(known)} of these classes, such as {min(known)}.")
+        # The model is frozen, so each image goes through it once and serves all episodes.
+        features = features_of(model.to(process.device).eval(), images, config, process)
+        for shots in few["shots"]:
+            # The same episodes for every role and run of a seed: models are compared on the same questions.
+            drawn = episodes(images.labels.numpy(), few["ways"], shots, few["episodes"], config["seed"])
+            support, query = (features[indices] for indices in drawn)
+            accuracy = 100 * linear_probe(support, query, few["ways"]).float().mean(1)  # episodes 2
+            top1, top5 = accuracy.mean(0).tolist()
+            # 95 % interval of the mean: ± 1.96 σ / √episodes, about the draw of episodes, not about training
+            ci95 = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
+            name = f"few-shot {stem} {shots}-shot {few['ways']}-way"
             if process.rank == 0:
-                evaluate.keep(results, {"role": role, **result})
-            models.say(process, f"{role}, {result['set']}: top-1 {result['top1']:.2f} "
-                       f"± {result['ci95']:.2f} % of {result['images']:,} images")
+                evaluate.keep(results, {"role": role, "set": name, "top1": top1, "top5": top5, "ci95": ci95,
+                                        "images": len(images), "episodes": len(accuracy)})
+            models.say(process, f"{role}, {name}: top-1 {top1:.2f} ± {ci95:.2f} % of {len(images):,} images")
 
 
 def few_shot_set(config):
     """The images of few_shot.root -> ImageSet. Raises UserError if they are too few for the episodes."""
     few, root = config["few_shot"], Path(config["few_shot"]["root"])
     if not few["root"] or not root.exists():
-        raise data.UserError(f"few_shot.root={few['root']!r} is not there; set it to a folder or an .npz.")
+        raise UserError(f"few_shot.root={few['root']!r} is not there; set it to a folder or an .npz.")
     if root.is_dir():
         folder = next((root / part for part in ("test", "val") if (root / part).is_dir()), root)
         names = data.class_folders(folder)
@@ -58,34 +70,15 @@ def few_shot_set(config):
     return images
 
 
-def few_shot(model, images, config, process):
-    """Yields a result for each number of shots: means over episodes, with 95 % intervals."""
-    few, labels = config["few_shot"], images.labels.numpy()
-    # The model is frozen, so each image goes through it once and serves all episodes.
-    features = features_of(model, images, config, process)
-    name = Path(few["root"]).absolute().name.removesuffix(".npz")
-    for shots in few["shots"]:
-        # The same episodes for every role and run of a seed: models are compared on the same questions.
-        drawn = episodes(labels, few["ways"], shots, few["episodes"], config["seed"])
-        support, query = (features[indices] for indices in drawn)
-        accuracy = 100 * linear_probe(support, query, few["ways"]).float().mean(1)  # episodes 2
-        top1, top5 = accuracy.mean(0).tolist()
-        # 95 % interval of a mean: ± 1.96 σ / √episodes. It is about the draw of episodes, not about training.
-        interval = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
-        yield {"set": f"few-shot {name} {shots}-shot {few['ways']}-way", "top1": top1, "top5": top5,
-               "images": len(images), "ci95": interval, "episodes": len(accuracy)}
-
-
 def members(labels, ways, shots):
     """The indices of each class that has enough images for an episode: `shots` and 3·`shots` queries."""
     found = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     whole = [indices for indices in found if len(indices) >= 4 * shots]
     if len(whole) < ways:
-        raise data.UserError(f"few_shot.ways={ways}, but {len(whole)} classes have the {4 * shots} images that "
-                             f"{shots} in few_shot.shots takes; lower one of the two.")
+        raise UserError(f"few_shot.ways={ways}, but {len(whole)} classes have the {4 * shots} images that "
+                        f"{shots} in few_shot.shots takes; lower one of the two.")
     if len(whole) < len(found):
-        data.note(f"few-shot, {shots}-shot: {len(found) - len(whole)} of {len(found)} classes have fewer than "
-                  f"{4 * shots} images and are left out")
+        data.note(f"{shots}-shot: {len(found) - len(whole)} classes have fewer than {4 * shots} images")
     return whole
 
 

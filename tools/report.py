@@ -43,11 +43,7 @@ def main():
     rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]  # a | that does not end a cell
     markdown = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     if len(folders) > 1:
-        print(markdown, end="")
-        for run in runs:
-            if run.uncounted:
-                print(f"{run.folder}: not counted: {', '.join(run.uncounted)}", file=sys.stderr)
-        return
+        return print(markdown, end="")
     columns = ["model", *[c for c in lines[0] if c.endswith("%")][:3], "own TMAC", "all TMAC"]
     widths = {c: max(len(c), *(len(line[c]) for line in lines)) for c in columns}
     for line in [dict(zip(columns, columns)), *lines]:
@@ -66,10 +62,7 @@ class Run:
 
     def __init__(self, folder):
         self.folder, self.name = folder, re.sub(r"-s\d+", "", folder.absolute().name)
-        path = folder / "config.yaml"
-        if not path.is_file():
-            raise UserError(f"{folder} is not a run's folder: it holds no config.yaml.")
-        self.config = models.load_config(path)
+        self.config = models.load_config(folder / "config.yaml")
         results = evaluate.read_results(folder / "results.json")
         if not results:
             raise UserError(f"{folder} holds no results: run evaluate.py first.")
@@ -122,23 +115,24 @@ class Run:
 
     def count_costs(self):
         """Sums up the logs of all stages that each model needs; what is imported or lost is not counted."""
-        files = {name: models.files(self.config, name) for name in models.STAGES}
-        imported = [name for name in files if self.settings.keys() & {*files[name]}]
-        before = {role: cost.stages_before(self.config, role, imported) for role in self.scores}
-        used = [name for name in files if any(name in names for names in before.values())]
-        tmac = {name: self.spent(name) for name in used if name not in imported and "assemble" not in name}
-        self.uncounted = [f"{name} (imported)" for name in used if name in imported]
-        self.uncounted += [f"{name} (its log is not there)" for name in tmac if tmac[name] is None]
-        self.costs = {}
-        for role, names in before.items():
-            every = {name: tmac[name] for name in names if tmac.get(name) is not None}
-            if every:
-                own = sum(every[name] for name in every if models.STAGES[name][1] == role)
-                self.costs[role] = {"own TMAC": own, "all TMAC": sum(every.values())}
+        imported = [name for name in models.STAGES
+                    if {*models.files(self.config, name)} & self.settings.keys()]
+        self.costs, self.uncounted = {}, []
+        for role in self.scores:
+            names = cost.stages_before(self.config, role, imported)
+            tmac = {name: None if name in imported else self.spent(name) for name in names}
+            self.uncounted += [name for name in names if tmac[name] is None and name not in self.uncounted]
+            known = {name: number for name, number in tmac.items() if number is not None}
+            own = [name for name in known if models.STAGES[name][1] == role]
+            if sum(known.values()):
+                self.costs[role] = {"own TMAC": sum(map(known.get, own)), "all TMAC": sum(known.values())}
+        if self.uncounted:
+            print(f"{self.folder}: not counted, because imported or without a log: "
+                  f"{', '.join(self.uncounted)}", file=sys.stderr)
 
     def spent(self, name):
         """10¹² multiply-adds of a stage, from the log of the run that made it; None without."""
-        if not models.schedule(self.config, name)["epochs"]:
+        if name.startswith("assemble") or not models.schedule(self.config, name)["epochs"]:
             return 0
         # What this run made itself, or has begun, is in its own log.
         for folder in (self.folder, self.find(name)[0]):
@@ -200,21 +194,21 @@ def mean_std(values, sign=""):
 
 
 def verdict(run):
-    """What a run shows, in a sentence; without a student and its baseline only what was not counted."""
-    uncounted = [f"not counted: {', '.join(run.uncounted)}"] if run.uncounted else []
+    """What a run shows, in a sentence."""
     if any("test" not in run.scores.get(role, {}) for role in ("student", "baseline")):
-        return "".join(uncounted)
+        return "a student and its baseline are needed to compare"
     student, baseline = run.scores["student"]["test"], run.scores["baseline"]["test"]
     kept = "" if run.config["assemble"]["stitches"] == "drop" else " without stitches"
     labels = ", with labels alone," if run.config["train"]["student"]["alpha"] else ""
     lengths = [models.schedule(run.config, role)["epochs"] for role in ("student", "baseline")]
     epochs = "the same epochs" if lengths[0] == lengths[1] else f"{lengths[1]} epochs instead of {lengths[0]}"
-    parts = [f"student {student:.1f} %, the same model{kept} end to end{labels} for {epochs} {baseline:.1f} % "
-             f"({student - baseline:+.1f})", f"chance {100 / run.config['data']['classes']:.1f} %"]
-    if {"student", "baseline"} <= run.costs.keys():
-        times = run.costs["student"]["all TMAC"] / run.costs["baseline"]["all TMAC"]
-        parts.append(f"the whole pipeline cost {times:.1f} times the baseline's multiply-adds")
-    return "; ".join(parts + uncounted)
+    chance = 100 / run.config["data"]["classes"]
+    text = (f"student {student:.1f} %, the same model{kept} end to end{labels} for {epochs} "
+            f"{baseline:.1f} % ({student - baseline:+.1f}); chance {chance:.1f} %")
+    student, baseline = (run.costs.get(role, {}).get("all TMAC") for role in ("student", "baseline"))
+    if not student or not baseline:
+        return text
+    return f"{text}; the whole pipeline cost {student / baseline:.1f} times the baseline's multiply-adds"
 
 
 if __name__ == "__main__":
