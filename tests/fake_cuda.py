@@ -267,13 +267,15 @@ class Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        name = function._schema.name.removeprefix("aten::")
+        name = function._schema.name.split("::")[1]
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        nothing = function.is_view or "empty" in name or name == "_unsafe_view"
+        nothing = not made or function.is_view or "empty" in name or name == "_unsafe_view"
         if nothing or any(x.device.type != "cuda" for x in made):
             return out
         # AdamW takes as many parameters at once as fit into a kernel's arguments.
         several = math.ceil(len(args[0]) / 36) if name == "_fused_adamw_" else self.SEVERAL.get(name, 1)
+        if name == "native_layer_norm_backward" and args[5] is None:  # no gain, no gradient of it
+            several = 1
         self.kernels += several
         self.casts += name == "_to_copy"
         if name not in self.PRODUCTS and "attention" not in name:

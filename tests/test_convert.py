@@ -120,8 +120,6 @@ def modules(state, depths=(1, 1, 1, 1)):
 
 
 VIT = dict(patch=4, width=24, heads=3, depths=[1, 1, 1, 1])
-VIT_STUDENT = ["student.kind=vmoe", "student.experts=0", "student.patch=4", "student.width=24",
-               "student.heads=3", "student.mlp_ratio=4", "student.depths=[1,1,1,1]"]
 VMOE = dict(VIT, kind="vmoe", width=12, heads=2, experts=4)
 NAC = dict(kind="nac", width=24, heads=2, mlp_ratio=2, head_width=8, latents=[6, 12, 4], propagators=2,
            code_width=16, signature_width=8, tokenizer_blocks=1, grid_width=4, grid_size=2)
@@ -722,13 +720,14 @@ def test_names_that_begin_with_fresh_stay_as_initialized(tmp_path, bring):
     state = small()
     torch.save(state, tmp_path / "w.pth")
     path = config_file(tmp_path)
-    text = bring(path, f"student_assembled={tmp_path}/w.pth", "fresh=blocks.3.mlp,head.bias", *VIT_STUDENT)
-    fresh = [f"blocks.3.mlp.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")]
-    assert text.strip().endswith(f"fresh: {', '.join([*fresh, 'head.bias'])}")
-    new = weights(tmp_path / "run/student_assembled.pt")
-    started = models.build(models.load_config(path, VIT_STUDENT), "student").state_dict()
-    assert same(new, {name: started[name] if name in [*fresh, "head.bias"] else state[name] for name in new})
-    # A module's names are those without its stitches. What is fresh need not be in the file.
+    text = bring(path, f"teacher_assembled={tmp_path}/w.pth", "fresh=blocks.3.mlp,cls")
+    fresh = {"cls_token", "head.weight", "head.bias",
+             *(f"blocks.3.mlp.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"))}
+    assert {*text.partition("fresh: ")[2].splitlines()[0].split(", ")} == fresh
+    new = weights(tmp_path / "run/teacher_assembled.pt")
+    started = models.build(models.load_config(path), "teacher").state_dict()
+    assert same(new, {name: started[name] if name in fresh else state[name] for name in new})
+    # What is fresh need not be in the file.
     save_modules(tmp_path / "m", modules(small(drop("norm2"))))
     text = bring(path, f"teacher_modules={tmp_path}/m", "fresh=blocks.0.norm2")
     assert text.count("fresh: blocks.0.norm2.weight, blocks.0.norm2.bias\n") == 4

@@ -31,6 +31,12 @@ def config(npz, **changes):
     return models.unflatten(full)
 
 
+def nac_config(npz):
+    return config(npz, student=dict(kind="nac", width=16, heads=2, head_width=8, latents=[4, 8, 2],
+                                    propagators=2, grid_width=4),
+                  meta=dict(VIT, depths=[1] * 4), teacher=dict(VIT, depths=[1] * 4))
+
+
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     path = tmp_path_factory.mktemp("set") / "set.npz"
@@ -101,8 +107,7 @@ def test_drop_rates_of_every_stage(npz):
     assert rates(teacher.parts[0]) + rates(meta.parts[1]) == [0, 0.1 / 3, 0.2 / 3, 0.1]
     models.drop_in_hybrid(meta, teacher, 1, 0.1)  # M_0 and T_1 (two blocks)
     assert rates(meta.parts[0]) + rates(teacher.parts[1]) == [0, 0.05, 0.1]
-    nac = config(npz, student=dict(kind="nac", width=16, heads=2, head_width=8, latents=[4, 8, 2], propagators=2,
-                                   grid_width=4), meta=dict(VIT, depths=[1] * 4), teacher=dict(VIT, depths=[1] * 4))
+    nac = nac_config(npz)
     circuit = models.build(nac, "student")
     models.set_drop_path(circuit, 0.1, by_module=True)  # constant over a NAC's propagators
     assert [p.drop_path.rate for p in circuit.propagators] == [0.1, 0.1]
@@ -120,8 +125,7 @@ def test_the_meta_model_drops_in_incubation_alone(npz):
 
 
 def test_no_noise_on_a_fixed_code(npz):
-    nac = config(npz, student=dict(kind="nac", width=16, heads=2, head_width=8, latents=[4, 8, 2], propagators=2,
-                                   grid_width=4), meta=dict(VIT, depths=[1] * 4), teacher=dict(VIT, depths=[1] * 4))
+    nac = nac_config(npz)
     for codes, noisy in (("own", True), ("original", False)):
         nac["distill"]["codes"] = codes
         module = models.cut(models.build(nac, "student"), nac, "student")[2].train()  # a propagator, no seeder
@@ -132,24 +136,22 @@ def test_no_noise_on_a_fixed_code(npz):
 
 
 def test_distinct_images_of_a_process_under_repeated_augmentation(npz):
-    c = config(npz, data=dict(root=str(npz), image_size=16, workers=0, repeats=3, validation_images=0))
-    c["train"]["meta"] |= dict(batch=4, accumulate=1)
+    c = config(npz, data=dict(root=str(npz), image_size=16, workers=0, validation_images=0))
     images = data.load(c, "train", "meta")
-    images.labels = torch.arange(40)  # to tell them apart
-    c["data"]["classes"] = 40
-    seen = [[targets.argmax(-1).tolist() for _, targets in
-             data.train_batches(images, c, "meta", 0, data.Setup(CPU, rank, 3))] for rank in range(3)]
+    images.labels, c["data"]["classes"] = torch.arange(40), 40  # to tell them apart
+
+    def labels(rank, world, batch):
+        c["train"]["meta"] |= dict(batch=batch, accumulate=1)
+        batches = data.train_batches(images, c, "meta", 0, data.Setup(CPU, rank, world))
+        return [targets.argmax(-1).tolist() for _, targets in batches]
+
+    c["data"]["repeats"] = 3
     # The three copies of an image stand side by side and go to three processes: each holds four different
     # images in a batch of four, the same ones as its neighbors.
-    for batches in zip(*seen):
+    for batches in zip(*[labels(rank, 3, 4) for rank in range(3)]):
         assert all(len(set(batch)) == 4 for batch in batches) and batches[0] == batches[1] == batches[2]
-    c["data"]["repeats"] = 1
-    c["data"]["classes"] = 40
-    blocks = [next(iter(data.train_batches(images, c, "meta", 0, data.Setup(CPU, rank, 3))))[1].argmax(-1).tolist()
-              for rank in range(3)]
-    whole = next(iter(data.train_batches(images, {**c, "train": {"meta": dict(c["train"]["meta"], batch=12)}},
-                                         "meta", 0, data.Setup(CPU, 0, 1))))[1].argmax(-1).tolist()
-    assert sum(blocks, []) == whole  # else a process has a block of the batch
+    c["data"]["repeats"] = 1  # a process has a block of the batch
+    assert sum([labels(rank, 3, 4)[0] for rank in range(3)], []) == labels(0, 1, 12)[0]
 
 
 def test_no_validation_images(npz):

@@ -116,9 +116,9 @@ def check_options(content, path, config, role):
     """Refuses a file that tells that it was made with other options -> its class names, if it tells them."""
     options, told, class_names = config[role], content.get("pretrained_cfg"), None  # timm's
     # These change what a model computes, but no tensor's name or shape.
-    unseen = ["heads", "head_width"] if options.get("kind") == "nac" else ["heads", "eps"]
-    if options["experts"] and "eps" in unseen:
-        unseen.append("top_k")
+    unseen = ["heads", "eps", "top_k"] if options["experts"] else ["heads", "eps"]
+    if options.get("kind") == "nac":
+        unseen = ["heads", "head_width"]
     if str(content.get("stage")) in models.STAGES:  # one of our files
         then, made_as = content["config"], models.STAGES[content["stage"]][1]
         block = then.get(made_as, then["student"])  # a baseline has no block of its own

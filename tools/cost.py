@@ -43,8 +43,11 @@ def main():
         few_shot.few_shot_set(config)
         last.insert(1, "tools/few_shot.py role=all")
     for name in to_do:
-        with torch.device("meta"):
-            models.build(config, models.STAGES[name][1])
+        try:
+            with torch.device("meta"):
+                models.build(config, models.STAGES[name][1])
+        except UserError as e:
+            raise UserError(f"{name}: {e} Is its result from elsewhere? Use tools/convert.py first.") from None
         if not name.startswith("assemble"):
             steps_of(config, name, 1)
     if done:
