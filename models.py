@@ -52,6 +52,11 @@ from data import Count, Fraction, UserError
 # ---------- ViT and V-MoE
 
 
+def without_autocast(x):
+    """For what needs float32 or better, and what is too small for casts to pay. "meta" knows no autocast."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training a sample's residual branch is left out with probability `rate`."""
 
@@ -137,7 +142,7 @@ class MoE(nn.Module):
     def route(self, x):
         """The gates, which sum to 1, and the k experts of each token. T D -> T k, T k"""
         # At least float32, because bfloat16's 8 bits would often make the k largest logits ties.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             logits = clean = self.router(x.to(torch.promote_types(x.dtype, torch.float32)))  # T E
         if self.training and self.balance:
             # V-MoE's noise ε ~ N(0, 1/E²): an expert that is nearly as good is tried too, and learns.
@@ -324,8 +329,9 @@ class ModFC(nn.Module):
 
     def sigma(self, codes):
         # σ(c) = 1 + g · LN(A c), LN without affine
-        scale = self.scale(codes)
-        return 1 + self.gain * F.layer_norm(scale, scale.shape[-1:])
+        with without_autocast(codes):
+            scale = self.scale(codes)
+            return 1 + self.gain * F.layer_norm(scale, scale.shape[-1:])
 
     def forward(self, x, codes):
         return F.linear(x * self.sigma(codes), self.weight, self.bias)
@@ -523,9 +529,8 @@ class LatentAttention(nn.Module):
 def distance(a, b):
     """δ(u, v) = 1 − cos(s_u, s_v), from 0 (same direction) to 2. U S, V S -> U V."""
     # At least float32: in bfloat16 the kernel of near latents would round to 1, its logit to infinity.
-    # (The device "meta" knows no autocast.)
     dtype = a.dtype
-    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):
+    with without_autocast(a):
         if a.is_cuda:  # float32 products may be TF32's there
             a, b = a.double(), b.double()
         return (1 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T).to(dtype)
@@ -554,8 +559,8 @@ def log_kernel(delta, bandwidth, truncate=True, sample=0):
     # A Bernoulli draw has no gradient; a relaxed one (temperature ½) has: log sigmoid((logit K + ℓ) / ½), ℓ
     # logistic. K is clamped to [ε, 1 − ε], because δ_uu can round below 0; a truncated pair gets logit(ε)/½.
     eps = torch.finfo(torch.float32).eps
-    noise = torch.rand(sample, *delta.shape, device=delta.device).clamp_(eps, 1 - eps).logit_()  # B U V
-    return F.logsigmoid((kernel.clamp(eps, 1 - eps).logit() + noise) * 2)
+    noise = torch.rand(sample, *delta.shape, device=delta.device).logit_(eps)  # B U V
+    return F.logsigmoid((kernel.logit(eps) + noise) * 2)
 
 
 class Propagator(nn.Module):

@@ -27,7 +27,8 @@ words=() dry=
 for word in "$@"; do
     case $word in --dry-run) dry=1 ;; *) words+=("$word") ;; esac
 done
-[ -z "$dry" ] || exec "$python" "$here/tools/cost.py" --config "$config" ${words[@]+"${words[@]}"}
+# shellcheck disable=SC2086
+[ -z "$dry" ] || exec $launch "$here/tools/cost.py" --config "$config" ${words[@]+"${words[@]}"}
 
 # A signal reaches the stage at work, which saves; then this ends too.
 trap '[ -z "$job" ] || kill -TERM "$job" || true; wait; exit 143' TERM INT HUP
