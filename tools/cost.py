@@ -10,6 +10,7 @@ The models get no memory, and the data need not be there if the config says data
 
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,9 @@ TMAC_AN_HOUR = 150 / 2 * 3600  # at 150 TFLOP/s
 def main():
     option = {"action": "store_true", "help": "check everything and print what run.sh has to run"}
     config, words = models.command_line(__doc__, list=option)
+    if int(os.environ.get("RANK", 0)):
+        return
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     goal = os.environ.get("GOAL")
     if goal and goal not in models.STAGES:
         raise UserError(f"GOAL={goal} is not one of the stages {', '.join(models.STAGES)}.")
@@ -47,7 +51,7 @@ def main():
             with torch.device("meta"):
                 models.build(config, models.STAGES[name][1])
         except UserError as e:
-            raise UserError(f"{name}: {e} Is its result from elsewhere? Use tools/convert.py first.") from None
+            raise UserError(f"{name}: {e} Is it from elsewhere? Use tools/convert.py first.") from None
         if not name.startswith("assemble"):
             steps_of(config, name, 1)
     if done:
@@ -92,7 +96,12 @@ def print_table(config, to_do, done):
     for name in done:
         print(f"{name:16}  finished")
     for name in [name for name in to_do if not name.startswith("assemble")]:
-        s, (parameters, state, macs) = models.schedule(config, name), cost(config, name)
+        s = models.schedule(config, name)
+        try:
+            parameters, state, macs = cost(config, name)
+        except UserError as e:  # such as a meta model for ImageNet's size in a config for Tiny-ImageNet
+            print(f"{name:9}  from elsewhere, by tools/convert.py? {e}")
+            continue
         batch, (images, steps) = s["batch"] * world * s["accumulate"], steps_of(config, name, world)
         low = s["min_lr"] * (batch / 512 if s["scale_min_lr"] else 1)
         tmac = macs * steps * world * s["accumulate"] / 1e12

@@ -6,6 +6,7 @@
     python tools/prepare.py cifar100 OUT.npz FOLDER         of the binary version
     python tools/prepare.py cub OUT FOLDER                  links, sorted into splits and classes
     python tools/prepare.py tiny_imagenet OUT FOLDER        links, likewise
+    python tools/prepare.py renditions OUT FOLDER           the test images of a folder, redrawn
     python tools/prepare.py tiny_imagenet_r OUT FOLDER      ImageNet-R, squashed to 64 x 64 pixels
 
 An .npz also holds renditions of its test images. OUT is written whole or not at all: an .npz is replaced, a
@@ -257,8 +258,17 @@ def tiny_imagenet(out, folder):
     save_folder(out, [("train", folder / "train"), *images])
 
 
+def renditions(out, folder):
+    """A robustness set for a folder of images, as the .npz have one."""
+    test = data.load({"data": {"root": str(folder), "classes": None, "test_images": 0}}, "test")
+    names = [f"{test.class_names[label]}/{i:06}.png" for i, label in enumerate(test.labels.tolist())]
+    images = (rendition(data.read_image(file), i) for i, file in enumerate(test.files))
+    save_folder(out, zip(names, images))
+
+
 SETS = {"demo": demo, "glyphs": glyphs, "lower_case": lower_case, "fashion_mnist": fashion_mnist,
-        "cifar100": cifar100, "cub": cub, "tiny_imagenet": tiny_imagenet, "tiny_imagenet_r": tiny_imagenet_r}
+        "cifar100": cifar100, "cub": cub, "tiny_imagenet": tiny_imagenet, "renditions": renditions,
+        "tiny_imagenet_r": tiny_imagenet_r}
 
 if __name__ == "__main__":
     models.run(main)
