@@ -228,7 +228,7 @@ def _test_set(options, split):
         raise UserError(f"data.robustness={split!r} is neither a folder nor a split of data.root.")
     # Folders of other names are left out: the model cannot choose them.
     found = [name for name in class_folders(folder) if name in set(names)]
-    labeled = read_folders(folder, names, found)
+    labeled = read_folders(folder, names, found, complete=False)
     labeled.present = labeled.labels.unique()
     if len(labeled.present) < 2:
         raise UserError(f"data.robustness={split} has images of {len(labeled.present)} of the training set's "
@@ -372,6 +372,8 @@ def eval_batches(imageset, config, process, batch=256):
     """
     share, options = np.arange(process.rank, len(imageset), process.world), config["data"]
     batches = [share[k:k + batch] for k in range(0, len(share), batch)]
+    if len(batches) == 1:  # not worth starting data-loader workers
+        options = {**options, "workers": 0}
     if imageset.ready(options["image_size"]):
         views = (imageset.images[indices].to(process.device, non_blocking=True) for indices in batches)
     else:
@@ -538,12 +540,12 @@ def _listing(folder, found):
     return listing, zlib.crc32(names.encode(errors="surrogateescape"))
 
 
-def read_folders(folder, names, found):
-    """The images in the class folders `found`, labeled by place in `names`. All of `names` must have some."""
+def read_folders(folder, names, found, complete=True):
+    """The images of the class folders `found`, labeled by place in `names`. `complete`: none may be empty."""
     listing, _ = _listing(Path(folder), tuple(found))
     label = {name: k for k, name in enumerate(names)}
     empty = label.keys() - {name for _, name in listing}
-    if found == names and empty:
+    if complete and empty:
         raise UserError(f"{Path(folder, min(empty))} holds no images; complete it or remove the folder.")
     return ImageSet([label[name] for _, name in listing], names, files=[file for file, _ in listing])
 

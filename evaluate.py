@@ -28,8 +28,8 @@ def main():
     config, args = models.command_line(__doc__, (*ROLES, "all"), image=dict(action="append"))
     process = data.setup(config["device"])
     if args.image:
-        file = f"{args.role}.pt"
-        found = models.paths(config, file) or [models.needed(config, args.role, file)]
+        role = ROLES[0] if args.role == "all" else args.role
+        found = models.paths(config, f"{role}.pt") or [models.needed(config, role, f"{role}.pt")]
         return classify(args.image, found[0], process)
     if process.rank == 0 and not Path(config["output_dir"], "config.yaml").exists():
         models.begin(config, process)

@@ -53,7 +53,7 @@ from data import Count, Fraction, UserError
 
 
 def without_autocast(x):
-    """For what needs float32 or better, and what is too small for casts to pay. "meta" knows no autocast."""
+    """For what needs float32, and for what is too small to be worth casts. ("meta" knows no autocast.)"""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
@@ -135,8 +135,8 @@ class MoE(nn.Module):
             # A pair's place in its expert's queue is its index less that of the expert's first pair.
             place = torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[chosen]
             out = out * (place < math.ceil(self.capacity * len(order) / E))[:, None]
-        # out_t = Σ_k g_k · expert_{e_k}(x_t), back in the tokens' order
-        out = out[order.argsort()].view(-1, self.top_k, x.shape[-1])  # T k D
+        # out_t = Σ_k g_k · expert_{e_k}(x_t), back in the tokens' order (index_copy_'s gradient is a gather)
+        out = torch.empty_like(out).index_copy_(0, order, out).view(-1, self.top_k, x.shape[-1])  # T k D
         return (out * gates.to(out.dtype)[..., None]).sum(1).view(x.shape)
 
     def route(self, x):
@@ -165,8 +165,8 @@ class MoE(nn.Module):
         if dtype == torch.bfloat16 and x.shape[-1] % 8 == w1.shape[1] % 8 == 0:  # rows of 16 bytes
             # One kernel for all experts; the CPU need not know their shares.
             ends, one_hot = load.cumsum(0, dtype=torch.int32), one_hot.to(dtype)
-            hidden = F.gelu(F.grouped_mm(tokens, w1.transpose(1, 2), offs=ends) + one_hot @ b1)
-            return F.grouped_mm(hidden, w2.transpose(1, 2), offs=ends) + one_hot @ b2
+            hidden = F.gelu(F.grouped_mm(tokens, w1.transpose(1, 2), offs=ends).addmm_(one_hot, b1))
+            return F.grouped_mm(hidden, w2.transpose(1, 2), offs=ends).addmm_(one_hot, b2)
         parts = zip(tokens.split(load.tolist()), w1, b1, w2, b2)
         return torch.cat([F.linear(F.gelu(F.linear(t, u, a)), v, b) for t, u, a, v, b in parts])
 
@@ -1357,6 +1357,8 @@ def check_fit(c):
     require(a == b, f"teacher.width={a} is not meta.width={b}: a teacher's modules are incubated inside the "
             "meta model without stitches.")
     require(c["few_shot"]["shots"], "few_shot.shots is empty.")
+    require(not {"train", "validation", "test"} & {*c["data"]["robustness"]},
+            "data.robustness names further test sets, not train, validation or test.")
     if student["kind"] == "vmoe":
         require(student["experts"], "student.kind=vmoe needs student.experts above 0.")
         require(graph["stitches"] != "fold", "assemble.stitches=fold is for a NAC: a V-MoE's stitches have a "
@@ -1424,6 +1426,8 @@ def run(main):
     try:
         main()
         data.close()
+    except KeyboardInterrupt:  # before there is anything to save
+        sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as e:
         # torch's words for too little memory, for compile=true without a compiler, for a dead worker
         text = " ".join(str(e).split()) or type(e).__name__
@@ -1483,7 +1487,8 @@ def load(path):
     content = read(path)
     if content.get("stage") not in ("meta", "teacher", "student", "baseline", "baseline_kd"):
         raise UserError(f"{path} is not a finished model such as runs/demo_nac/student.pt.")
-    config = content["config"]
+    defaults = {key: default for key, (_, default) in KEYS.items()}  # of keys that are newer than the file
+    config = unflatten({**defaults, **flatten(content["config"])})
     model = build(config, content["stage"])
     load_state(model, content["model"], path)
     model.config, model.image_size = config, config["data"]["image_size"]
@@ -1574,16 +1579,26 @@ def stages(config, goals=("student", "baseline")):
     return [(*STAGES[name][:2], name) for name in STAGES if name in missing]
 
 
-def settings(config, name):
-    """{dotted key: value} of all that a stage's result depends on; its files keep it."""
-    known = {}
-    for parent in parents(config, name):
-        imported = {file: made for file in files(config, parent) if (made := imported_from(config, file))}
-        known |= imported or settings(config, parent)
-    blocks = ["seed", "precision", "data", *STAGES[name][2]]
-    known |= {key: value for key, value in flatten(config).items() if key not in LEFT_OUT
-              and any(key == block or key.startswith(f"{block}.") for block in blocks)}
-    return known | data.identity(config["data"])
+def settings(config, name, evaluating=False, memo=None):
+    """{dotted key: value} of what a stage's result depends on: kept in its files, compared later.
+
+    What is built on imported weights depends on these instead of on the stage that would have made them.
+    """
+    memo = {} if memo is None else memo
+    if name not in memo:
+        known = {}
+        for parent in parents(config, name):
+            found = {file: finished(config, parent, file, evaluating, memo) for file in files(config, parent)}
+            imported = {file: about(path)["imported"] for file, path in found.items()
+                        if path and "imported" in about(path)}
+            known |= imported
+            if len(imported) < len(found):
+                known |= settings(config, parent, evaluating, memo)
+        blocks = ["seed", "precision", "data", *STAGES[name][2]]
+        known |= {key: value for key, value in flatten(config).items() if key not in LEFT_OUT
+                  and any(key == block or key.startswith(f"{block}.") for block in blocks)}
+        memo[name] = known | data.identity(config["data"])
+    return memo[name]
 
 
 def about(path):
@@ -1595,11 +1610,6 @@ def about(path):
 def about_version(path, changed):
     content = read(path, whole=False)
     return {key: value for key, value in content.items() if key != "model"}
-
-
-def imported_from(config, file):
-    """From which foreign file tools/convert.py made this one; None if a stage made it."""
-    return next((about(path)["imported"] for path in paths(config, file) if "imported" in about(path)), None)
 
 
 def compare(old, new, path, config):
@@ -1626,7 +1636,7 @@ def paths(config, file):
     return [path for folder in folders(config) if (path := Path(folder, file)).exists()]
 
 
-def finished(config, name, file, evaluating=False):
+def finished(config, name, file, evaluating=False, memo=None):
     """Path of a stage's finished file, in the run's folder or a shared one; None if it is still to be made.
 
     A file made with other settings is passed over; in the run's folder it is refused. Imported weights must
@@ -1638,7 +1648,7 @@ def finished(config, name, file, evaluating=False):
             role = STAGES[name][1]
             old, new = (flatten(one[role], f"{role}.") for one in (made["config"], config))
         else:
-            old, new = made.get("settings", {}), settings(config, name)
+            old, new = made.get("settings", {}), settings(config, name, evaluating, memo)
         if evaluating:
             common = [key for key in new if key in old and key != "precision"]
             old, new = ({key: known[key] for key in common} for known in (old, new))
@@ -1676,11 +1686,18 @@ def frozen(config, role, process):
 
 
 def compile_blocks(model):
-    """torch.compile of all blocks, in place."""
+    """torch.compile of all blocks, in place, or of a NAC as a whole -> what is called in training."""
+    if hasattr(torch._inductor.config, "deterministic"):
+        torch._inductor.config.deterministic = True  # no choice by timing, so a resumed run keeps its bits
+    # A NAC is thousands of small kernels, also between its blocks. The model itself stays uncompiled, so that
+    # evaluation does not compile anew for its batch sizes.
+    if isinstance(model, NAC):
+        return torch.compile(model, fullgraph=True)
     # Equal blocks share one compilation. Whole modules would share none, and torch gives up after eight.
     for block in model.modules():
         if isinstance(block, (Block, Tokenizer, ReadIn, Propagator, ReadOut)):
             block.compile()
+    return model
 
 
 def begin(config, process):
@@ -1689,9 +1706,6 @@ def begin(config, process):
         path = Path(config["output_dir"], "config.yaml")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
-        for left in path.parent.rglob("*.tmp"):  # of jobs that were killed while they wrote, days ago
-            if time.time() - left.stat().st_mtime > 86400:
-                left.unlink(missing_ok=True)
 
 
 def save_finished(config, name, file, state, class_names=None, imported=None):
@@ -1760,9 +1774,7 @@ class Stage:
         self.number = self.resume() if self.path.exists() else 0
         self.agree()
         begin(config, process)
-        if config["compile"]:
-            for module in modules.values():
-                compile_blocks(module)
+        self.compiling = config["compile"]
         self.wrapped = {i: self.distributed(module) for i, module in modules.items()}
         # From here on a signal to end saves first.
         self.stopping, (self.listener, speaker) = False, os.pipe()
@@ -1816,7 +1828,9 @@ class Stage:
         return saved["number"]
 
     def distributed(self, module):
-        """The module, wrapped so that several processes average their gradients."""
+        """The module as the loop calls it: compiled, and wrapped to average the processes' gradients."""
+        if self.compiling:
+            module = compile_blocks(module)
         if self.process.world == 1:
             return module
         # With find_unused_parameters gradients are never regrouped, so a resumed run sums them in the same
@@ -1872,6 +1886,9 @@ class Stage:
             self.optimizers[i].step()
             self.optimizers[i].zero_grad()
         self.number += 1
+        if self.compiling and self.process.rank == 0:
+            self.bar.write(f"compiled; the first step took {time.time() - self.began:.0f} s")
+        self.compiling = False
         # Reading a loss synchronizes GPU and processes, so check every 20 steps.
         due = self.number % 20 == 0 or self.stopping and self.process.world == 1
         if due and self.number % self.steps and self.check():
@@ -1937,7 +1954,9 @@ class Stage:
             write(self.path, lambda file: torch.save(content, file))
 
     def leave(self):
-        """Saves and leaves, after a signal."""
+        """Saves and leaves, after a signal. Further ones, which torchrun sends now, do not count."""
+        for number in data.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         self.save()
         say(self.process, f"stopped: saved at step {self.number}; the same command goes on from there.")
         sys.exit(143)

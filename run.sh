@@ -25,7 +25,11 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
 words=() dry=
 for word in "$@"; do
-    case $word in --dry-run) dry=1 ;; *) words+=("$word") ;; esac
+    case $word in
+        --dry-run) dry=1 ;;
+        -h | --help) exec "$python" "$here/finetune.py" --help ;;
+        *) words+=("$word") ;;
+    esac
 done
 # shellcheck disable=SC2086
 [ -z "$dry" ] || exec $launch "$here/tools/cost.py" --config "$config" ${words[@]+"${words[@]}"}

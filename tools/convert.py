@@ -48,7 +48,13 @@ def main():
     # Everything is read and fitted before anything is written.
     results = []
     for target, path in chosen.items():
+        if more and target in FINAL:
+            raise UserError(f"fresh= is not for {target}=: no training follows.")
         results += convert(config, target, models.expand_home(path), more)
+    every = [name.removeprefix("body.") for *_, fresh in results for name in fresh]
+    for begin in more:
+        if not any(name.startswith(begin) for name in every):
+            raise UserError(f"fresh={begin}: no tensor's name begins so.")
     models.begin(config, data.setup("cpu"))
     for name, file, state, class_names, imported, fresh in results:
         models.save_finished(config, name, file, state, class_names, imported=imported)
