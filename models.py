@@ -1620,7 +1620,9 @@ def compare(old, new, path, config):
         if old.get(key) != new.get(key):
             before, now = (reprlib.repr(settings.get(key)) for settings in (old, new))
             if key in ("data.class_names", "data.checksum"):
-                now += f" (data.root={config['data']['root']} is another set, or has changed)"
+                raise UserError(f"{path} was made from other images than those of data.root="
+                                f"{config['data']['root']}: {key} was {before}, now it is {now}. Use a new "
+                                "output_dir.")
             raise UserError(f"{key} was {before} when {path} was made, now it is {now}. Use a new output_dir "
                             f"and share={share} to keep the stages that do not change.")
 

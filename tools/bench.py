@@ -18,11 +18,13 @@ Run it on an idle machine. On a busy one set OMP_NUM_THREADS=1, because threads 
 import copy
 import functools
 import importlib
+import json
 import math
 import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -220,10 +222,22 @@ def compiled(size, goal):
     if not CUDA:
         return skip(what, "needs a GPU")
     model, images, labels = nac(size)
-    blocks = copy.deepcopy(model)
-    models.compile_blocks(blocks)
-    eager, ours = (step(m, m, images, labels=labels, bf16=True) for m in (model, blocks))
-    row(what, eager, ours, goal, counted=eager)
+    whole = copy.deepcopy(model)
+    eager = step(model, model, images, labels=labels, bf16=True)
+    ours = step(whole, models.compile_blocks(whole), images, labels=labels, bf16=True)
+    spent = seconds(ours)
+    row(what, eager, ours, f"{goal}; compiling took {spent:.0f} s", counted=eager)
+
+
+def kernels(config_name, goal):
+    """Kernels and elementwise traffic of a step of fine-tuning a NAC, as a GPU would run it: needs none."""
+    command = [sys.executable, ROOT / "tests/fake_cuda.py", "count", ROOT / "configs" / f"{config_name}.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        return skip(f"kernels: {config_name}", "needs another release of torch (tests/fake_cuda.py)")
+    found = json.loads(done.stdout)
+    line(f"kernels of a step, bf16, eager: {config_name}", "", f"{found['kernels']}", None,
+         f"{found['gigabytes']:.1f} GB elementwise", f"{goal}; {found['casts']} of them casts")
 
 
 def block_model(goal):
@@ -344,7 +358,7 @@ def ddp(goal):
     images = torch.randn(64 if CUDA else 2, 3, 224, 224, device=DEVICE)
     labels = torch.randint(1000, (len(images),), device=DEVICE)
     # As one of two: a stage of one process wraps nothing.
-    stage = types.SimpleNamespace(process=data.Setup(DEVICE, PROCESS.rank, 2))
+    stage = types.SimpleNamespace(process=data.Setup(DEVICE, PROCESS.rank, 2), compiling=False)
     wrapped = models.Stage.distributed(stage, copy.deepcopy(model))
     plain, ours = (step(m, m, images, labels=labels, bf16=CUDA) for m in (model, wrapped))
     if torch.cuda.device_count() > PROCESS.world:
@@ -506,19 +520,20 @@ def training(config, name):
         targets = torch.rand(len(images), config["data"]["classes"]).softmax(-1)
     models.set_drop_path(whole, s["drop_path"])
     module = whole if alone else models.cut(whole, config, role)[1].to(DEVICE)
-    optimizer = models.optimizer(module.train(), s)
+    optimizer, called = models.optimizer(module.train(), s), module
     if config["compile"] and CUDA:
-        for model in (module,) if alone else (module, meta, teacher):
+        called = models.compile_blocks(module)
+        for model in () if alone else (meta, teacher):
             models.compile_blocks(model)
 
     def run():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
             if alone:
-                loss = soft_target_ce(module(images).float(), targets)
+                loss = soft_target_ce(called(images).float(), targets)
             else:
                 with torch.no_grad():
                     hidden = meta.hidden_states(images)
-                logits = meta.rest(2, module(hidden[1])).float()
+                logits = meta.rest(2, called(hidden[1])).float()
                 loss = soft_target_ce(logits, targets)
                 if s["alpha"]:
                     with torch.no_grad():
@@ -564,6 +579,8 @@ ROWS = {
     "nac Tiny products": lambda: nac_products("Tiny", "0.8x"),
     "nac ImageNet products": lambda: nac_products("ImageNet", "-"),
     "nac ImageNet float32": lambda: nac_bf16("ImageNet", "1x with units for bf16"),
+    "kernels ImageNet": lambda: kernels("imagenet_nac", "2,900"),
+    "kernels Tiny": lambda: kernels("tiny_imagenet_nac", "2,900"),
     "compile ImageNet": lambda: compiled("ImageNet", "1.3x"),
     "compile Tiny": lambda: compiled("Tiny", "1.4x"),
     "block model": lambda: block_model("0.9x"),

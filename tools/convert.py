@@ -111,11 +111,21 @@ def fit(model, path, config, target, more=()):
     fresh = [name for name in differ if begin[name].startswith(CLASSIFIER + GRID) and target not in FINAL]
     fresh += [name for name in head if others and name not in fresh]
     fresh += [name for name in own if more and begin[name].startswith(more) and name not in fresh]
-    models.load_state(model, state | {name: own[name] for name in fresh}, path)
+    try:
+        models.load_state(model, state | {name: own[name] for name in fresh}, path)
+    except UserError as e:
+        raise UserError(f"{e} (The file has {blocks_in(state)}, the config's model {blocks_in(own)}. With "
+                        "other classes, use teacher_assembled= or student_assembled=.)") from None
     kept = head and not {*head} & {*fresh}
     class_names = kept and theirs or ours or [str(k) for k in range(config["data"]["classes"])]
     # Copies, because the modules of a NAC share tensors.
     return {name: value.clone() for name, value in own.items()}, class_names, imported, fresh
+
+
+def blocks_in(state):
+    """How many blocks of which width a ViT's state dict has, in words."""
+    widths = [len(value) for name, value in state.items() if re.search(r"blocks.*norm1\.weight", name)]
+    return f"{len(widths)} blocks of width {max(widths, default=0)}"
 
 
 def check_options(content, path, config, role):
