@@ -128,7 +128,8 @@ def test_no_noise_on_a_fixed_code(npz):
     nac = nac_config(npz)
     for codes, noisy in (("own", True), ("original", False)):
         nac["distill"]["codes"] = codes
-        module = models.cut(models.build(nac, "student"), nac, "student")[2].train()  # a propagator, no seeder
+        # A propagator, since it has no seeder.
+        module = models.cut(models.build(nac, "student"), nac, "student")[2].train()
         x = torch.randn(3, 5, 16)
         assert torch.equal(module(x), module(x)) != noisy, codes
     whole = models.build(nac, "student").train()  # the circuit's own codes are shaken
