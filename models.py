@@ -1784,7 +1784,8 @@ class Stage:
         signal.set_wakeup_fd(speaker, warn_on_full_buffer=False)
         for number in data.SIGNALS:
             signal.signal(number, lambda *_: setattr(self, "stopping", True))
-        threading.Thread(target=self.listen, daemon=True).start()
+        self.thread = threading.Thread(target=self.listen, daemon=True)
+        self.thread.start()
         several = "" if name in modules else f"{len(modules)} modules, "
         epochs = "1 epoch" if c["epochs"] == 1 else f"{c['epochs']} epochs"
         resumed = f", resumed at step {self.number}" if self.number else ""
@@ -1975,6 +1976,8 @@ class Stage:
         for number in data.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         os.close(signal.set_wakeup_fd(-1))  # the thread ends
+        self.thread.join()
+        os.close(self.listener)
 
 
 def skip(config, process, name, only=None):

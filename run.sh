@@ -20,6 +20,8 @@ export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
 # Threads that wait for one another by spinning would take the cores that they wait for.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+# DistributedDataParallel would warn in each process that no parameter is unused (models.Stage says why).
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # torchrun kills what still runs 30 s after SIGTERM. Writing the checkpoint of a large model takes about as long.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 

@@ -467,7 +467,7 @@ def test_episodes_are_seeded_disjoint_and_complete():
     again, other = (few_shot.episodes(labels, 4, 2, 20, seed) for seed in (1, 2))
     assert (again[0] == support).all() and (again[1] == query).all() and not (other[0] == support).all()
     assert len({tuple(sorted(labels[s])) for s in support}) > 5
-    with pytest.raises(data.UserError, match=r"few_shot.ways=4, but 1 classes have the 12 images that 3 in"):
+    with pytest.raises(data.UserError, match=r"few_shot.ways=4, but only 1 classes have 12 images, of"):
         few_shot.episodes(labels, 4, 3, 1, seed=1)
 
 
