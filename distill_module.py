@@ -42,7 +42,8 @@ def main():
     # Stage 2 trains the teacher's modules with labels alone, stage 4 the student's with labels and teacher.
     role, d = args.role, config["distill"]
     name = "incubate" if role == "teacher" else "distill"
-    alpha, options = models.alpha_of(config, name), {key: d[key] for key in ("tau", "kind", "reduction")}
+    alpha = models.alpha_of(config, name)
+    options = {key: d[key] for key in ("tau", "kind", "reduction")}
     process = data.setup(config["device"])
     L = models.modules_of(config)
     if args.module not in (None, *range(L)):
@@ -60,7 +61,8 @@ def main():
     # Cut from one whole model, modules start as they would in it. But no parameter that learns belongs to
     # two of them, and each has an optimizer of its own: training all in one pass is training each alone.
     whole = models.build(config, role)
-    modules, rate = models.cut(whole, config, role), config["train"][name]["drop_path"]
+    modules = models.cut(whole, config, role)
+    rate = config["train"][name]["drop_path"]
     models.set_drop_path(whole, rate, by_module=True)
     students = {i: modules[i].to(process.device) for i in files}
     stage = models.Stage(config, process, name, students, files, train, only=args.module)
@@ -70,7 +72,7 @@ def main():
         meta.train(role == "teacher")  # in incubation M's blocks drop with the module's, and only there
         for images, targets in stage.batches(epoch):
             # h_0 = images, h_i = M_{i-1} ∘ … ∘ M_0 (images): one run of M serves all pairs.
-            if role == "teacher":  # drop path, in M as well
+            if role == "teacher":  # drop path in M, at the rates of the last hybrid
                 models.drop_in_hybrid(meta, whole, L - 1, rate)
             stage.seed_noise()
             with models.autocast(config, process.device), torch.no_grad():

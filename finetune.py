@@ -22,7 +22,8 @@ def main():
     config, args = models.command_line(__doc__, ("student", "meta", "teacher", "baseline", "baseline_kd"))
     role, c, d = args.role, models.schedule(config, args.role), config["distill"]
     # The paper fine-tunes the student with labels alone; here the whole teacher can go on teaching it.
-    alpha, options = models.alpha_of(config, role), {key: d[key] for key in ("tau", "kind", "reduction")}
+    alpha = models.alpha_of(config, role)
+    options = {key: d[key] for key in ("tau", "kind", "reduction")}
     process = data.setup(config["device"])
     if models.finished(config, role, f"{role}.pt"):
         return models.skip(config, process, role)

@@ -75,8 +75,8 @@ def members(labels, ways, shots):
     found = [np.flatnonzero(labels == c) for c in np.unique(labels)]
     whole = [indices for indices in found if len(indices) >= 4 * shots]
     if len(whole) < ways:
-        raise UserError(f"few_shot.ways={ways}, but only {len(whole)} classes have {4 * shots} images, of which "
-                        f"{shots} are labeled and {3 * shots} asked; lower few_shot.ways or few_shot.shots.")
+        raise UserError(f"few_shot.ways={ways}, but only {len(whole)} classes have {4 * shots} images, of "
+                        f"which {shots} are labeled and {3 * shots} asked; lower few_shot.ways or few_shot.shots.")
     if len(whole) < len(found):
         data.note(f"{shots}-shot: {len(found) - len(whole)} classes have fewer than {4 * shots} images")
     return whole
