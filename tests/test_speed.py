@@ -1,4 +1,4 @@
-"""What docs/speed.md says and a machine without a GPU can hold: kernels of a step, one graph, CUDA graphs' rules."""
+"""What docs/speed.md says, as far as no GPU is needed: kernels of a step, one graph, a CUDA graph's memory."""
 
 import json
 import os
