@@ -107,7 +107,7 @@ transfer() {
   done; done
 }
 
-# results.md, "Experts that start almost at zero": std 1/√(3·48·48) = .012, in m2mKD and end to end
+# Experts that start almost at zero (docs/deviations.md): std 1/√(3·48·48) = .012, in m2mKD and end to end
 experts() {
   local seed set base run shared lengths epochs start
   for seed in 40 41 42 43 44; do for set in demo fashion; do
