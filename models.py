@@ -1123,7 +1123,7 @@ class RunKeys:
     share: list[str] | str | None = None  # folders of other runs, to take their finished stages from
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs that have it
-    compile: bool = False  # torch.compile of all blocks: worth its minutes on a GPU only
+    compile: bool = False  # torch.compile of blocks, or of a NAC as a whole: worth its minutes on a GPU only
 
 
 class ViTKeys:

@@ -3,13 +3,14 @@
 #
 #   bash run.sh configs/demo_nac.yaml [key=value …]        overrides go to every stage
 #   bash run.sh configs/demo_nac.yaml --dry-run            check the config, print the stages and what they cost
+#                                                          (with WORLD_SIZE=8 in front, for eight processes)
 #   LAUNCH="torchrun --nproc_per_node=8" bash run.sh …     the same on eight GPUs
 #   GOAL=distill bash run.sh …                             only what this stage needs, and the stage itself
 #
 # What is finished is left out and an unfinished stage goes on, so starting this again after a kill is right.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
-case ${1:---help} in -*) sed -n '2,9s/^# \{0,1\}//p' "$0"; case ${1:-} in -h | --help) exit 0 ;; esac; exit 2 ;; esac
+case ${1:---help} in -*) sed -n '2,10s/^# \{0,1\}//p' "$0"; case ${1:-} in -h | --help) exit 0 ;; esac; exit 2 ;; esac
 config=$1; shift
 here=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=$(command -v python || command -v python3)
@@ -33,8 +34,7 @@ for word in "$@"; do
         *) words+=("$word") ;;
     esac
 done
-# shellcheck disable=SC2086
-[ -z "$dry" ] || exec $launch "$here/tools/cost.py" --config "$config" ${words[@]+"${words[@]}"}
+[ -z "$dry" ] || exec "$python" "$here/tools/cost.py" --config "$config" ${words[@]+"${words[@]}"}
 
 # A signal reaches the stage at work, which saves; then this ends too.
 trap '[ -z "$job" ] || kill -TERM "$job" || true; wait; exit 143' TERM INT HUP

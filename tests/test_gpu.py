@@ -99,20 +99,22 @@ def test_a_training_step_waits_for_nothing(tmp_path, student):
         assert found[0] == found[1], (script, role)
 
 
-@pytest.mark.parametrize("student", STUDENTS)
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, student):
+@pytest.mark.parametrize("student, compiled", [
+    *((student, "false") for student in STUDENTS),
+    *(pytest.param(student, "true", marks=pytest.mark.slow) for student in STUDENTS)])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, student, compiled):
     """Each stage is stopped after its second epoch by SIGTERM, and started again."""
     names = ("broken", "unbroken")
     paths = {name: write_config(tmp_path / name, student) for name in names}
-    for script, role in (PIPELINE[0], PIPELINE[4]):
+    for script, role in (PIPELINE[0], PIPELINE[4], PIPELINE[7]):
         for name in names:
             line = [sys.executable, f"{script}.py", "--config", paths[name], f"role={role}", "device=cuda",
-                    "train.*.epochs=4", "distill.alpha=0"]
+                    "train.*.epochs=4", "distill.alpha=0", f"compile={compiled}"]
             if name == "broken":
                 text, code = stopped(line, os.kill, env=GPU)
                 assert code == 143, text
-            assert (done := shell(*line, env=GPU)).returncode == 0, done
+            assert (done := shell(*line, env=GPU, timeout=900)).returncode == 0, done
             assert ("resumed at step" in done.stdout) == (name == "broken")
-    for file in ("meta.pt", *(f"student_modules/{i}.pt" for i in range(3))):
+    for file in ("meta.pt", "baseline.pt", *(f"student_modules/{i}.pt" for i in range(3))):
         broken, unbroken = (weights(tmp_path / name / "run" / file) for name in names)
         assert torch.equal(broken, unbroken), file

@@ -375,7 +375,7 @@ def test_options_that_change_no_shape_are_compared_wherever_a_file_is_read(done,
         role, key = word.partition("=")[0].split(".")
         for config, made in ((path, folder), (other, tmp_path / "run")):
             text = one_sentence(run("evaluate", config, f"role={role}", word, expect=2))
-            assert f"{role}.{key} was " in text and str(made / f"{role}.pt") in text, text
+            assert f"{role}.{key} was " in text and str(made) in text, text
     # Training keys are not looked at in what was brought in.
     assert "skipped" in run("finetune", other, "role=teacher", "train.teacher.epochs=5", "seed=5")
 
@@ -571,7 +571,7 @@ def test_half_the_batch_in_two_processes_or_two_steps_is_the_whole_batch(done, t
     def patch(rank=0):
         without_noise()
         # The stages before had other settings. This test compares like with like.
-        models.finished = lambda config, name, file: (folder / file).exists() and folder / file
+        models.finished = lambda config, name, file, *_: (folder / file).exists() and folder / file
 
     result, lines = [], []
     for world, batch, accumulate in ((1, 16, 1), (1, 8, 2), (2, 8, 1), (2, 4, 2)):
@@ -699,7 +699,9 @@ def test_a_signal_that_reaches_three_processes_at_different_steps_stops_all_at_o
             texts = run_processes(3, script, path, f"role={role}", *words, expect=143, seconds=30, before=(
                 lambda rank: die(models, "learning_rate", 5 + rank, signal.SIGTERM)()))
             # Processes are asked every 20 steps.
-            assert "saved at step 20" in texts[0] and texts[1:] == ["", ""]
+            assert "saved at step 20" in texts[0]
+            # The others print nothing; the one line is torch's (Stage.distributed).
+            assert all(text.count("\n") == 1 and "find_unused_parameters" in text for text in texts[1:])
             text = one_sentence(run(script, path, f"role={role}", *words, expect=2))
             assert "processes was 3" in text and "now it is 1" in text, text
         texts = run_processes(3, script, path, f"role={role}", *words)
@@ -943,7 +945,7 @@ def stopped(line, signal_to, seconds=90, env=()):
     """Starts a command line, sends SIGTERM after its second epoch -> its output, its exit code."""
     job = subprocess.Popen(line, cwd=ROOT, text=True, stdout=subprocess.PIPE, start_new_session=True,
                            env=ENV | dict(env))
-    while not re.match(r"(meta model|m2mKD) +2/", text := job.stdout.readline()):
+    while not re.match(r"(meta model|m2mKD|baseline) +2/", text := job.stdout.readline()):
         assert text, "it ended"
     signal_to(job.pid, signal.SIGTERM)
     try:

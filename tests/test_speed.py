@@ -1,4 +1,4 @@
-"""What docs/speed.md says, as far as no GPU is needed: kernels of a step, one graph, a CUDA graph's memory."""
+"""What docs/speed.md says, where no GPU is needed: kernels of a step, one graph, a CUDA graph's memory."""
 
 import json
 import os
@@ -117,7 +117,7 @@ runpy.run_path("finetune.py", run_name="__main__")
 
 @pytest.mark.skipif(not in_git(), reason="needs a git checkout")
 def test_a_graphed_nac_trains_to_the_same_bits(tmp_path, glyphs):
-    """Fine-tuning with two micro-batches, drop path and the regularizer, in float32."""
+    """Fine-tuning with two micro-batches and drop path, in float32."""
     for file in ROOT.glob("*.py"):
         (tmp_path / file.name).write_text(file.read_text())
     subprocess.run(["git", "apply", PATCH], cwd=tmp_path, check=True, env={**ENV, "GIT_DIR": str(tmp_path)})
@@ -131,7 +131,7 @@ def test_a_graphed_nac_trains_to_the_same_bits(tmp_path, glyphs):
              "data.image_size=16", "data.train_images=64", "data.validation_images=null", "meta.patch=4",
              "teacher.patch=4", "data.robustness=[]", "data.test_images=0", "student.latents=[4, 8, 2]",
              "train.student.batch=8", "train.student.accumulate=2", "train.student.epochs=2",
-             "train.student.drop_path=0.2", "train.student.regularizer=0.1"]
+             "train.student.drop_path=0.2", "train.student.regularizer=0"]
     found = []
     for compile in ("false", "true"):
         command = [sys.executable, "run.py", *words, f"compile={compile}", f"output_dir={compile}"]
@@ -139,4 +139,4 @@ def test_a_graphed_nac_trains_to_the_same_bits(tmp_path, glyphs):
         assert done.returncode == 0, done
         assert ("compiled" in done.stdout) == (compile == "true")
         found.append(models.read(tmp_path / compile / "baseline.pt")["model"])
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not [name for name in found[0] if not torch.equal(found[0][name], found[1][name])]

@@ -442,7 +442,7 @@ def test_the_list_is_what_run_sh_runs(home, call, monkeypatch):
     # The few-shot set is looked at before anything is trained.
     words += ["few_shot.root=" + str(home / "set.npz"), "few_shot.ways=4", "few_shot.shots=[1,2]"]
     assert call(cost, *words).splitlines()[-2:] == ["tools/few_shot.py role=all", last[-1]]
-    for word, error in (("few_shot.shots=[1,3]", "3 in few_shot.shots"), ("share=no", "share=no"),
+    for word, error in (("few_shot.shots=[1,3]", "3 are labeled"), ("share=no", "share=no"),
                         ("few_shot.root=no", "few_shot.root='no'"), ("data.root=no", "data.root='no' is not"),
                         ("train.distill.batch=64", "train.distill.batch=64"),
                         ("meta.patch=7", "meta: .*Use tools/convert.py first")):

@@ -33,7 +33,6 @@ def main():
     config, words = models.command_line(__doc__, list=option)
     if int(os.environ.get("RANK", 0)):
         return
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     goal = os.environ.get("GOAL")
     if goal and goal not in models.STAGES:
         raise UserError(f"GOAL={goal} is not one of the stages {', '.join(models.STAGES)}.")
@@ -65,11 +64,16 @@ def plan(config, goals):
         to_do = [name for *_, name in models.stages(config, goals)]
     else:  # only of imported files is it known that they fit
         given = [name for name in models.STAGES
-                 if all(models.imported_from(config, file) for file in models.files(config, name))]
+                 if all(imported(config, file) for file in models.files(config, name))]
         before = {name for goal in goals for name in stages_before(config, goal, given)}
         to_do = [name for name in models.STAGES if name in before and name not in given]
     needed = {*goals, *(parent for name in to_do for parent in models.parents(config, name))}
     return to_do, [name for name in models.STAGES if name in needed and name not in to_do]
+
+
+def imported(config, file):
+    """Whether tools/convert.py made a file of the run."""
+    return any("imported" in models.about(path) for path in models.paths(config, file))
 
 
 def stages_before(config, name, stop=()):
@@ -186,4 +190,5 @@ def convolution_backward(out, x, weight, *rest, out_shape):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     models.run(main)

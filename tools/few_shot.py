@@ -76,7 +76,8 @@ def members(labels, ways, shots):
     whole = [indices for indices in found if len(indices) >= 4 * shots]
     if len(whole) < ways:
         raise UserError(f"few_shot.ways={ways}, but only {len(whole)} classes have {4 * shots} images, of "
-                        f"which {shots} are labeled and {3 * shots} asked; lower few_shot.ways or few_shot.shots.")
+                        f"which {shots} are labeled and {3 * shots} asked; lower few_shot.ways or "
+                        "few_shot.shots.")
     if len(whole) < len(found):
         data.note(f"{shots}-shot: {len(found) - len(whole)} classes have fewer than {4 * shots} images")
     return whole
