@@ -44,7 +44,7 @@ def stages(config, world, *words, root=ROOT):
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="older torch asks for a real GPU")
 @pytest.mark.parametrize("config, world, words", [
-    ("demo_nac", 1, NAC),
+    pytest.param("demo_nac", 1, NAC, marks=pytest.mark.slow),  # test_speed.py runs one step of a NAC so
     ("demo_vmoe", 8, VMOE),
     pytest.param("demo_nac", 8, ["assemble.graph=planted_partition", "train.student.regularizer=1"],
                  marks=pytest.mark.slow),
