@@ -114,6 +114,8 @@ def fit(model, path, config, target, more=()):
     try:
         models.load_state(model, state | {name: own[name] for name in fresh}, path)
     except UserError as e:
+        if not isinstance(model, models.ViT):
+            raise
         raise UserError(f"{e} (The file has {blocks_in(state)}, the config's model {blocks_in(own)}. With "
                         "other classes, use teacher_assembled= or student_assembled=.)") from None
     kept = head and not {*head} & {*fresh}
