@@ -564,7 +564,12 @@ class _Views(Dataset):
     """Batches of views, made in data-loader workers; a request is [(an image's index, its draw), …]."""
 
     def __init__(self, imageset, options, view):
-        self.imageset, self.options, self.view = imageset, options, view
+        self.imageset, self.options, self.view, self.parent = imageset, options, view, os.getpid()
+
+    def begin(self, _):
+        """A worker's first act. If its parent is dead already, torch's watchdog would not notice."""
+        if multiprocessing.get_start_method() == "fork" and os.getppid() != self.parent:
+            os._exit(1)
 
     def __getitem__(self, request):
         views = []
@@ -597,7 +602,8 @@ def _read(imageset, requests, options, view, device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A request is a batch already, hence batch_size=None. The generator is the loader's own, because it draws
     # a number for its workers, which must not move torch's global state.
-    loader = DataLoader(_Views(imageset, options, view), batch_size=None, sampler=requests,
+    dataset = _Views(imageset, options, view)
+    loader = DataLoader(dataset, batch_size=None, sampler=requests, worker_init_fn=dataset.begin,
                         num_workers=min(options["workers"], cores), pin_memory=device.type == "cuda",
                         generator=torch.Generator())
     # Workers inherit blocked signals. They go to all processes of a job, and the one that trains needs its
@@ -611,11 +617,15 @@ def _read(imageset, requests, options, view, device):
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     views = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    for images in views:
-        if isinstance(images, UserError):
-            raise images
-        # From pinned memory, so that the next batch is copied to the GPU while it computes.
-        yield images.to(device, non_blocking=True)
+    try:
+        for images in views:
+            if isinstance(images, UserError):
+                raise images
+            # From pinned memory, so that the next batch is copied to the GPU while it computes.
+            yield images.to(device, non_blocking=True)
+    except FileNotFoundError:  # which names no file
+        raise UserError(f"The data-loader workers' sockets in {tempfile.gettempdir()}/pymp-* were deleted; "
+                        "set TMPDIR to a folder that nobody cleans.") from None
 
 
 def read_image(source):

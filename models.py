@@ -52,11 +52,6 @@ from data import Count, Fraction, UserError
 # ---------- ViT and V-MoE
 
 
-def without_autocast(x):
-    """For what needs float32, and for what is too small to be worth casts. ("meta" knows no autocast.)"""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
-
-
 class DropPath(nn.Module):
     """Stochastic depth: in training a sample's residual branch is left out with probability `rate`."""
 
@@ -100,6 +95,11 @@ class Mlp(nn.Module):
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+def without_autocast(x):
+    """For what needs float32, and for what is too small to be worth casts. ("meta" knows no autocast.)"""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 class MoE(nn.Module):
@@ -312,7 +312,7 @@ class Jitter(nn.Module):
         if not self.training or self.amount == 0:
             return codes
         # c + U(−.05|c|, +.05|c|)
-        return codes + self.amount * codes * (2 * torch.rand_like(codes) - 1)
+        return codes + self.amount * codes * torch.empty_like(codes).uniform_(-1, 1)
 
 
 class ModFC(nn.Module):
@@ -1772,7 +1772,8 @@ class Stage:
         check_inputs(config)
         self.path = checkpoint_path(config, name, only)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.path.with_suffix(".lock")) if process.rank == 0 else None
+        written = [self.path, *(Path(config["output_dir"], file) for file in files.values())]
+        self.locks = [lock(file) for file in written] if process.rank == 0 else []
         self.number = self.resume() if self.path.exists() else 0
         self.agree()
         begin(config, process)
@@ -1971,8 +1972,9 @@ class Stage:
                 save_finished(self.config, self.name, file, self.modules[i].state_dict(),
                               self.images.class_names)
             self.path.unlink(missing_ok=True)
-            self.path.with_suffix(".lock").unlink(missing_ok=True)
-            self.lock.close()
+        for held in self.locks:
+            Path(held.name).unlink(missing_ok=True)
+            held.close()
         for number in data.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         os.close(signal.set_wakeup_fd(-1))  # the thread ends
@@ -1998,14 +2000,18 @@ def checkpoint_path(config, name, only=None):
 
 
 def lock(path):
-    """An open file, locked until this process ends, even if it is killed."""
-    file = open(path, "a")
+    """Reserves a file that is to be written until this process ends, even if it is killed -> the lock."""
+    file = open(path.with_suffix(".lock"), "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{path} is locked: another job is at work on this stage.") from None
+        raise UserError(f"{file.name} is locked: another job is at work on this stage.") from None
     except OSError as e:
-        data.note(f"{path}: this file system knows no locks ({e}); start no second job in this folder")
+        data.note(f"{path.parent}: this file system knows no locks ({e}); start no second job here")
+        return file
+    # Nobody else writes it now, so these were left by jobs that were killed while they wrote.
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
     return file
 
 
