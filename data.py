@@ -364,13 +364,15 @@ def mix(images, labels, options, rng):
     return mixed, lam * targets + (1 - lam) * targets.flip(0)
 
 
-def eval_batches(imageset, config, process, batch=256):
+def eval_batches(imageset, config, process, batch=None):
     """This process's share of the set, images rank::world in order: each image once over all processes.
 
     Yields images float32 B 3 H W (normalized) and labels int64 B on the device. Shares and last batches are
     as long as they are: no image is dropped or repeated to make them equal.
     """
     share, options = np.arange(process.rank, len(imageset), process.world), config["data"]
+    # Without gradients four times as many fit as in the stage that can bear least.
+    batch = batch or min([256, *(4 * c["batch"] for c in config["train"].values() if isinstance(c, dict))])
     batches = [share[k:k + batch] for k in range(0, len(share), batch)]
     if len(batches) == 1:  # not worth starting data-loader workers
         options = {**options, "workers": 0}

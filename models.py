@@ -16,6 +16,7 @@ Papers: m2mKD 2402.16918, Deep Incubation 2212.04129, NAC 2210.08031, V-MoE 2106
 
 import argparse
 import contextlib
+import copy
 import difflib
 import fcntl
 import fnmatch
@@ -1253,7 +1254,7 @@ def describe(kind):
 
 
 class Yaml(yaml.SafeLoader):
-    """YAML in which 5e-4 is a number, 010 and 2024-05-01 are texts, and a key given twice is an error."""
+    """YAML: 5e-4 is a number, 010 and 2024-05-01 are texts, ~ is the home folder, no key may stand twice."""
 
     yaml_implicit_resolvers = {}
 
@@ -1267,6 +1268,7 @@ class Yaml(yaml.SafeLoader):
 for tag, pattern in {"null": "~|null|", "bool": "true|false", "int": r"[-+]?(0|[1-9]\d*)",
                      "float": r"[-+]?((\d+\.\d*|\.\d+)([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf)|\.nan"}.items():
     Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({pattern})$"), None)
+Yaml.add_constructor("tag:yaml.org,2002:str", lambda loader, node: os.path.expanduser(node.value))
 
 
 def parse(text, what):
@@ -1284,7 +1286,7 @@ def load_config(path, overrides=()):
         chosen |= keys_of(override)
     for key, value in chosen.items():
         check_key(key, value)
-    flat = {key: expand_home(chosen.get(key, default)) for key, (_, default) in KEYS.items()}
+    flat = {key: copy.deepcopy(chosen.get(key, default)) for key, (_, default) in KEYS.items()}
     flat["output_dir"] = flat["output_dir"] or f"runs/{Path(path).stem}"
     config = unflatten(flat)
     config["data"]["classes"] = config["data"]["classes"] or len(data.class_names(config["data"]))
@@ -1316,7 +1318,7 @@ def keys_of(override):
     for name in fnmatch.filter(KEYS, key) or [key]:
         # A text is not parsed: output_dir=a #3
         plain = allowed("text", KEYS.get(name, (int,))[0]) and text != "null" and not text.startswith("[")
-        values[name] = text if plain else parse(text, f"{key}={text}: the value")
+        values[name] = os.path.expanduser(text) if plain else parse(text, f"{key}={text}: the value")
     return values
 
 
@@ -1328,13 +1330,6 @@ def check_key(key, value):
     kind = KEYS[key][0]
     if not allowed(value, kind):
         raise UserError(f"{key}={reprlib.repr(value)} is not allowed: it must be {describe(kind)}.")
-
-
-def expand_home(value):
-    """A copy of a config's value, with ~ replaced."""
-    if isinstance(value, list):
-        return [expand_home(one) for one in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def check_fit(c):
@@ -1429,9 +1424,9 @@ def run(main):
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        # torch's words for too little memory, for compile=true without a compiler, for a dead worker
+        # torch's words for too little memory, compile=true without a compiler, a dead worker, a taken port
         text = " ".join(str(e).split()) or type(e).__name__
-        if isinstance(e, RuntimeError) and not re.search("alloc|compiler|DataLoader worker", text):
+        if isinstance(e, RuntimeError) and not re.search("alloc|compiler|DataLoader worker|socket", text):
             raise
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
@@ -1773,7 +1768,7 @@ class Stage:
         self.path = checkpoint_path(config, name, only)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = [self.path, *(Path(config["output_dir"], file) for file in files.values())]
-        self.locks = [lock(file) for file in written] if process.rank == 0 else []
+        self.locks = {file: lock(file) for file in written} if process.rank == 0 else {}
         self.number = self.resume() if self.path.exists() else 0
         self.agree()
         begin(config, process)
@@ -1846,7 +1841,7 @@ class Stage:
 
     def batches(self, epoch):
         """The rest of an epoch's (images, targets) of this process."""
-        self.epoch, self.began = epoch, time.time()
+        self.epoch, self.began = epoch, time.monotonic()
         first, accumulate = self.number % self.steps, self.c["accumulate"]
         # Loss·images, correct, images; on the device, because reading a number synchronizes the GPU.
         self.sums = {i: torch.zeros(3, device=self.process.device) for i in self.modules}
@@ -1860,7 +1855,7 @@ class Stage:
             for module in self.wrapped.values():  # gradients travel once a step, as under DDP.no_sync()
                 module.require_backward_grad_sync = (batch + 1) % accumulate == 0
             yield pair
-        self.trained = time.time() - self.began
+        self.trained = time.monotonic() - self.began
 
     def seed_noise(self, *part):
         """Makes the noise from here on a function of the place in training.
@@ -1891,7 +1886,7 @@ class Stage:
             self.optimizers[i].zero_grad()
         self.number += 1
         if self.compiling and self.process.rank == 0:
-            self.bar.write(f"compiled; the first step took {time.time() - self.began:.0f} s")
+            self.bar.write(f"compiled; the first step took {time.monotonic() - self.began:.0f} s")
         self.compiling = False
         # Reading a loss synchronizes GPU and processes, so check every 20 steps.
         due = self.number % 20 == 0 or self.stopping and self.process.world == 1
@@ -1912,7 +1907,7 @@ class Stage:
 
     def end_epoch(self, validated):
         """Writes log and checkpoint, prints a line. validated: {i: accuracy in %}"""
-        stop, seconds = self.check(), time.time() - self.began
+        stop, seconds = self.check(), time.monotonic() - self.began
         lines = [self.log_line(i, validated[i], seconds / len(self.modules)) for i in self.modules]
         if self.process.rank == 0:
             # The log first: an epoch that is repeated after a kill logs again, and its last lines count.
@@ -1927,7 +1922,7 @@ class Stage:
         loss, correct, images = self.totals[i]
         return {"stage": self.name, "module": i, "epoch": self.epoch + 1, "step": self.number,
                 "loss": loss / images, "top1": 100 * correct / images, "val_top1": val_top1, "lr": self.lr,
-                "images_per_second": images / self.trained, "seconds": seconds,
+                "images_per_second": images / max(self.trained, 1e-3), "seconds": seconds,
                 "images": self.steps * self.total_batch, "modules": [*self.modules],
                 **log_extras(self.modules[i])}
 
@@ -1972,8 +1967,8 @@ class Stage:
                 save_finished(self.config, self.name, file, self.modules[i].state_dict(),
                               self.images.class_names)
             self.path.unlink(missing_ok=True)
-        for held in self.locks:
-            Path(held.name).unlink(missing_ok=True)
+        for file, held in self.locks.items():
+            file.with_suffix(".lock").unlink(missing_ok=True)
             held.close()
         for number in data.SIGNALS:
             signal.signal(number, signal.SIG_DFL)

@@ -135,8 +135,9 @@ upcycling() {
     dense=runs/demo_dense-s$seed-m$epochs  config="--config configs/demo_vmoe.yaml seed=$seed"
     whole $config output_dir=$dense role=meta train.meta.epochs=$epochs meta.width=48 teacher.width=48 \
       meta.mlp_ratio=1 meta.init_std=0.03
-    python tools/upcycle.py $config dense=$dense/meta.pt out=$dense/upcycled.pt
-    started_from $dense/upcycled.pt $config output_dir=runs/demo_vmoe-s$seed-upcycled-m$epochs
+    config="$config output_dir=runs/demo_vmoe-s$seed-upcycled-m$epochs"
+    stage tools/convert.py $config student_upcycled=$dense/meta.pt
+    whole $config
   done; done
 }
 

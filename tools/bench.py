@@ -508,6 +508,36 @@ def evaluation(goal):
          in_words(len(images) / b), a / b, "", goal)
 
 
+def busy(goal):
+    """A demo's steps with a thread a core beside one busy process: threads that spin, and threads that sleep."""
+    code = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import models, torch
+model = models.build(models.load_config(sys.argv[1] + "/configs/demo_nac.yaml", ["data.classes=24"]), "baseline")
+images = torch.randn(64, 3, 32, 32)
+for step in range(15):
+    if step == 5:
+        began = time.perf_counter()
+    model(images).sum().backward()
+print(time.perf_counter() - began)"""
+
+    def spent(policy):
+        threads = str(max(2, os.cpu_count()))
+        env = {**os.environ, "OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
+        return float(subprocess.run([sys.executable, "-c", code, str(ROOT)], env=env, check=True, text=True,
+                                    stdout=subprocess.PIPE).stdout)
+
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        times = [(spent("ACTIVE"), spent("PASSIVE")) for _ in range(3)]
+    finally:
+        other.kill()
+    left, right = (statistics.median(column) for column in zip(*times))
+    line("demo NAC's 10 steps beside a busy process: spin | sleep", f"{left:.1f} s", f"{right:.1f} s",
+         left / right, "", goal)
+
+
 def training(config, name):
     """A step of a stage, of modules of the second one, on random images -> the function, how many images."""
     s, role = models.schedule(config, name), models.STAGES[name][1]
@@ -591,6 +621,7 @@ ROWS = {
     "moe loop": lambda: moe_loop("0.9x on a CPU, 1.1x on a GPU"),
     "vit": lambda: vit("1x"),
     "ddp": lambda: ddp("0.95x"),
+    "busy": lambda: busy("1.5x"),
     "one pass": lambda: one_pass("90 % of the predicted saving"),
     "data Tiny": lambda: pipeline("Tiny-ImageNet, full augmentation", 64, 64, 64, 512, 85, "1500 im/s"),
     "data ImageNet": lambda: pipeline(
