@@ -236,11 +236,6 @@ def _test_set(options, split):
     return labeled
 
 
-def epoch_images(config, stage):
-    """The number of images in an epoch of a stage."""
-    return len(load(config, "train", stage))
-
-
 def subset(images, count, key):
     """`count` of the images, or all for 0. The same ones for every seed, to compare seeds on them."""
     if count > len(images):

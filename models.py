@@ -1496,11 +1496,9 @@ def load_weights(model, path):
     load_state(model, read(path).get("model", {}), path)
 
 
-def load_state(model, state, path, keep=()):
-    """Loads a state dict, whole or not at all; tensors named `keep…` stay. Raises UserError on a misfit."""
+def load_state(model, state, path):
+    """Loads a state dict, whole or not at all. Raises UserError on a misfit."""
     own = model.state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith(keep)}
-    state |= {name: value for name, value in own.items() if name.startswith(keep)}
     for name in [*own, *state]:
         if name not in state or name not in own:
             what, tensor = ("lacks the", own[name]) if name in own else ("has an unexpected", state[name])

@@ -110,6 +110,7 @@ transfer() {
 # Experts that start almost at zero (docs/deviations.md): std 1/√(3·48·48) = .012, in m2mKD and end to end
 experts() {
   local seed set base run shared lengths epochs start
+  [ -f data/fashion_mnist.npz ] || python tools/prepare.py fashion_mnist data/fashion_mnist.npz
   for seed in 40 41 42 43 44; do for set in demo fashion; do
     case $set in demo) lengths="8 16 32";; fashion) lengths="3 6 12";; esac
     base=runs/experts_$set-s$seed
@@ -123,6 +124,22 @@ experts() {
         student $shared "share=[$run,$base]" output_dir=$run-f$epochs train.student.epochs=$epochs
         whole $shared output_dir=$run-b$epochs role=baseline train.baseline_epochs=$epochs
       done
+    done
+  done; done
+}
+
+# results.md, "Ten modules"
+depth() {
+  local seed kind base shared epochs lengths
+  for seed in 60 61 62; do for kind in nac vmoe; do
+    base=runs/deep_$kind-s$seed
+    shared="--config configs/deep_$kind.yaml seed=$seed"
+    meta_and_teacher $shared output_dir=$base
+    stage distill_module.py $shared output_dir=$base
+    case $kind in nac) lengths="3 12 24";; vmoe) lengths="8 32";; esac
+    for epochs in $lengths; do
+      student $shared share=$base output_dir=$base-f$epochs train.student.epochs=$epochs
+      whole $shared share=$base output_dir=$base-b$epochs role=baseline train.baseline_epochs=$epochs
     done
   done; done
 }
@@ -390,7 +407,7 @@ paper() {
 }
 
 case $section in
-  glyphs | gpu | experts | upcycling | transfer | inside)
+  glyphs | gpu | experts | depth | upcycling | transfer | inside)
     [ -f data/lower_case.npz ] || python tools/prepare.py demo
     ;;
   fashion | fashion_lengths | fashion_all | fashion_small | few_labels | states | knows_more | one_thing)
@@ -398,8 +415,8 @@ case $section in
     ;;
 esac
 case $section in
-  glyphs | gpu | experts | upcycling | transfer | fashion | fashion_lengths | fashion_all | fashion_small | \
-    few_labels | states | knows_more | one_thing | inside | paper)
+  glyphs | gpu | experts | depth | upcycling | transfer | fashion | fashion_lengths | fashion_all | \
+    fashion_small | few_labels | states | knows_more | one_thing | inside | paper)
     "$section"
     ;;
   *)
@@ -409,7 +426,8 @@ bash docs/reproduce.sh SECTION [key=value …]
 section           about, on one CPU core
 glyphs            7 hours       m2mKD against its baselines on glyphs, and for other lengths
 gpu               40 minutes    the demos on a GPU (the time is of one GPU and one core)
-experts           2 hours       a V-MoE whose experts start almost at zero, as the original's
+experts           1.5 hours     a V-MoE whose experts start almost at zero, as the original's
+depth             3 hours       ten modules of a NAC; four modules of three blocks of a V-MoE
 upcycling         20 minutes    a V-MoE from a dense ViT, against the one of glyphs
 transfer          30 minutes    from glyphs to other letters; needs glyphs
 fashion           2 hours       m2mKD against its baselines on Fashion-MNIST

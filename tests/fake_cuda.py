@@ -200,7 +200,8 @@ def install(world):
     models.read = lambda path, whole=True: store[str(path)]
     Path.exists = lambda path: str(path) in store or exists(path)
     Path.unlink = lambda path, missing_ok=False: store.pop(str(path), None) or unlink(path, missing_ok=True)
-    models.lock = lambda path: io.StringIO()  # the stage that was cut off is still there, in the same process
+    # No lock, because the stage that was cut off is still there, in the same process.
+    models.lock = lambda path: types.SimpleNamespace(name=f"{path}.lock", close=lambda: None)
     models.about = lambda path: {key: value for key, value in store[str(path)].items() if key != "model"}
     models.check_inputs = lambda config: None  # counts labels, of which the fake has none
     models.fit_signatures = lambda signatures, linked: (1.0, 1.0)

@@ -59,9 +59,10 @@ def test_keys_files_and_links_exist(page):
             assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
 
 
-def test_the_patch_fits_its_file():
-    patch = re.search(r"```diff\n(--- a/.*?)```", PAGES["extend.md"], re.S)[1]
-    subprocess.run(["git", "apply", "--check", "-"], cwd=ROOT, input=patch, text=True, check=True)
+def test_the_patches_fit_their_files():
+    states = re.search(r"```diff\n(--- a/.*?)```", PAGES["extend.md"], re.S)[1]
+    for patch in (states, (ROOT / "docs/nac_cuda_graph.patch").read_text()):
+        subprocess.run(["git", "apply", "--check", "-"], cwd=ROOT, input=patch, text=True, check=True)
 
 
 def test_every_command_of_reproduce_sh_has_a_config_that_is_accepted(tmp_path):

@@ -5,7 +5,7 @@ at most 1e-5 for outputs and 1e-4 for gradients. Weights are read under the orig
 
 All files were made in evaluation mode, so nothing of training is seen by them: stochastic depth, the jitter
 of codes, the sampled kernel, the noise of seeder, pool and router, an auxiliary loss, learning rates and
-initial values. test_training.py and test_models.py have these.
+initial values. test_models.py and test_config.py have these.
 """
 
 import pytest
@@ -13,14 +13,10 @@ import torch
 import torch.nn.functional as F
 
 import models
-from conftest import FIXTURES
+from conftest import fixture
 from tools import convert
 
 PRECISIONS = [(torch.float64, 1e-6, 1e-6), (torch.float32, 1e-5, 1e-4)]
-
-
-def fixture(name):
-    return torch.load(FIXTURES / f"{name}.pt", weights_only=True)
 
 
 def close(ours, theirs, tolerance, what):

@@ -1,10 +1,11 @@
 """Promises of models.py: its equations, its modules, and its files of weights. (Its config: test_config.py.)
 
-1 NAC, signatures, V-MoE: the literal definitions of literal.py, in outputs and in gradients; numbers worked
-  out by hand; the distribution that a draw should have. (test_graph_priors.py has the graphs.)
-2 Modules: together they are the whole model; stitches are kept, folded or dropped.
-3 Losses by hand.
-4 Files: a damaged one is refused, and the model stays as it was; a finished one alone gives its model.
+1 NAC, signatures, V-MoE: the literal definitions of literal.py, in outputs and in gradients; what they do
+  not say, by hand. (test_graph_priors.py has the graphs.)
+2 Modules: together they are the whole model; stitches are kept, folded or dropped; how they start, what
+  drops in which stage and whose codes are shaken, which the fixtures' evaluation mode does not show.
+3 Losses by hand, as far as test_fixtures.py does not have them.
+4 Files: a finished one alone gives its model. (test_commands.py has damaged ones.)
 """
 
 import math
@@ -18,7 +19,7 @@ import literal
 import models
 from data import UserError
 
-LN2, LN3 = math.log(2), math.log(3)
+LN3 = math.log(3)
 
 
 def config(tmp_path, *overrides):
@@ -90,65 +91,6 @@ def test_nac_in_training_is_the_literal_circuit_with_the_same_noise(size):
     compare(model, model, lambda x: literal.nac(model, x), torch.randn(3, 3, 32, 32), 1e-5, 1e-4)
 
 
-def test_nac_is_deterministic_in_evaluation_and_noisy_in_training():
-    torch.manual_seed(0)
-    model, images = models.NAC(**SMALL).eval(), torch.randn(2, 3, 32, 32)
-    assert torch.equal(model(images), model(images))
-    codes, states = model.input_latents.codes, torch.randn(2, 3, 24)
-    for module, inputs in ((model.seeder, (codes, 4)), (model.pool, (states,))):
-        assert torch.equal(module.eval()(*inputs), module(*inputs))
-        assert not torch.equal(module.train()(*inputs), module(*inputs))
-
-
-def test_seeder_noise_has_the_learned_deviation():
-    torch.manual_seed(0)
-    seeder, codes = models.Seeder(width=6, code_width=6), torch.randn(2, 6)
-    states = seeder(codes, 20_000)  # λ's bias is −5; jitter of the codes is one draw, so it adds nothing here
-    logvar = seeder.logvar(seeder.norm(codes))
-    assert torch.allclose(states.var(0).log(), logvar, atol=0.15)
-
-
-def test_pool_weights_are_gumbel_softmax():
-    # x_u = e_u, scorer (ln 1, ln 2, ln 3), classifier the identity: the output is the weights themselves
-    pool = models.Pool(3, 3)
-    with torch.no_grad():
-        pool.confidence_scorer.weight.copy_(torch.tensor([[0, LN2, LN3]]))
-        pool.to_logits.weight.copy_(torch.eye(3)), pool.to_logits.bias.zero_()
-    x = torch.eye(3)[None]
-    assert torch.allclose(pool.eval()(x), torch.tensor([[1 / 6, 2 / 6, 3 / 6]]))
-    torch.manual_seed(0)
-    # Gumbel-max: the winner is distributed as softmax(confidence)
-    winners = pool.train()(x.expand(20_000, 3, 3)).argmax(1).bincount() / 20_000
-    assert torch.allclose(winners, torch.tensor([1 / 6, 2 / 6, 3 / 6]), atol=0.015)  # 4 standard deviations
-
-
-def test_code_jitter_is_at_most_5_percent_and_one_draw_a_batch():
-    torch.manual_seed(0)
-    jitter, codes = models.Jitter().train(), torch.randn(100, 100)
-    share = (jitter(codes) - codes) / codes
-    assert share.abs().max() <= 0.05 + 1e-5 and share.min() < -0.049 and share.max() > 0.049
-    assert abs(share.mean()) < 0.001 and jitter.eval()(codes) is codes
-    p = models.Propagator(width=8, code_width=8, heads=2, head_width=4, ffn_ratio=1).train()
-    x, codes = torch.randn(1, 5, 8).expand(4, -1, -1), torch.randn(5, 8)
-    first, second = p(x, x, codes, codes), p(x, x, codes, codes)
-    assert torch.allclose(first, first[:1].expand(4, -1, -1), atol=1e-6)  # the same for every sample …
-    assert (first - second).abs().max() > 1e-4  # … and another one for the next batch
-
-
-
-# s_0 = (1, 0) against (2, 0), (.6, .8), (0, 3): cos 1, .6, 0, so δ = 0, .4, 1, whatever their lengths
-RECEIVER, SENDERS = torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.6, 0.8], [0.0, 3.0]])
-
-
-def test_log_kernel_by_hand():
-    delta, beta = models.distance(RECEIVER, SENDERS), torch.tensor(2.0)
-    assert torch.allclose(delta, torch.tensor([[0, 0.4, 1]]), atol=1e-6)
-    # log K = −δ/2: 0, −.2, and as good as −∞ since 1 > .9
-    assert torch.allclose(models.log_kernel(delta, beta), torch.tensor([[0, -0.2, -1e30]]), atol=1e-6)
-    whole = models.log_kernel(delta, beta, truncate=False)
-    assert torch.allclose(whole, torch.tensor([[0, -0.2, -0.5]]), atol=1e-6)
-
-
 @pytest.mark.parametrize("sample", [0, 7])
 def test_no_gradient_through_truncated_pairs(sample):
     delta = torch.tensor([[0.1, 0.89, 0.91, 1.5]], requires_grad=True)
@@ -156,36 +98,6 @@ def test_no_gradient_through_truncated_pairs(sample):
     weights = (models.log_kernel(delta, beta, sample=sample) + torch.zeros(4)).softmax(-1)
     (weights * torch.arange(4.0)).sum().backward()
     assert (delta.grad[0, :2] != 0).all() and (delta.grad[0, 2:] == 0).all() and beta.grad.isfinite()
-
-
-def test_gradient_arrives_at_signatures_and_bandwidths():
-    torch.manual_seed(0)
-    for training in (False, True):
-        model = shake(models.NAC(**SMALL)).train(training)
-        model(torch.randn(2, 3, 32, 32)).square().sum().backward()
-        for latents in (model.input_latents, model.mediator_latents, model.output_latents):
-            assert latents.signatures.grad.norm() > 0
-        for block in (*model.propagators, model.read_out):
-            assert block.attention.bandwidth.grad.abs() > 0
-
-
-def test_sampled_kernel_is_a_relaxed_bernoulli():
-    torch.manual_seed(0)
-    delta = torch.tensor([[0.02, 0.3, 0.5, 0.89]])
-    K, n = torch.exp(-delta[0]), 40_000
-    sample = models.log_kernel(delta, torch.tensor(1.0), sample=n).exp()[:, 0]  # n 4
-    for x in (0.5, 0.9, 0.1):
-        # P(sigmoid((logit K + ℓ)/½) > x) = P(ℓ > ½ logit x − logit K) = sigmoid(logit K − ½ logit x), K at ½
-        p = torch.sigmoid(torch.logit(K) - 0.5 * math.log(x / (1 - x)))
-        assert ((sample > x).float().mean(0) - p).abs().max() < 4 * 0.5 / math.sqrt(n)
-
-
-def test_a_truncated_pair_is_sampled_at_about_minus_32():
-    torch.manual_seed(0)
-    logs = models.log_kernel(torch.tensor([[1.0, -1e-7]]), torch.tensor(1.0), sample=10_000)[:, 0]
-    # K is clamped to ε = 1.19e-7: logit ε = −15.94, over ½ −31.9 in the median; δ_uu < 0 is clamped to 1 − ε.
-    assert abs(logs[:, 0].median() + 31.9) < 0.3 and logs.isfinite().all()
-    assert logs[:, 1].min() > -1e-3
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -274,18 +186,6 @@ def test_match_rows_is_the_best_assignment(n, G):
         assert move.diagonal().min() > -1e-9
 
 
-def test_block_model_by_hand():
-    nac = models.NAC(**{**SMALL, "latents": (1, 6, 1), "signature_width": 2})
-    # mediators A B B B A A with A ⟂ B: K = 1 within a kind (δ = 0), 0 across (δ = 1 is truncated)
-    nac.mediator_latents.signatures.data = torch.tensor([[1.0, 0], [0, 1], [0, 1], [0, 1], [1, 0], [1, 0]])
-    # P's two rows: g0 = (.9 .9 .9 .2 .2 .2), g1 = (.2 .2 .2 .9 .9 .9). Squared distances
-    #   A = (1 0 0 0 1 1) to g0: .01 + .81 + .81 + .04 + .64 + .64 = 2.95
-    #                     to g1: .64 + .04 + .04 + .81 + .01 + .01 = 1.55
-    #   B = (0 1 1 1 0 0) to g0: 1.55, to g1: 2.95. So A -> g1, B -> g0: 6 · 1.55 / 36 for each of the 2
-    # propagators
-    assert abs(models.block_model(nac, groups=2) - 2 * 6 * 1.55 / 36) < 1e-6
-
-
 # ---------- V-MoE
 
 
@@ -343,31 +243,11 @@ def test_moe_in_bfloat16_is_the_mixture_to_bfloat16_s_precision(routing, sizes):
     assert {name for name in exact if error(ours[name].float(), exact[name]) > 0.02} == set()
 
 
-def test_moe_with_one_expert_is_an_mlp():
-    moe, x = mixture("uneven", experts=1, top_k=1)
-    mlp = models.Mlp(12, 20)
-    mlp.load_state_dict({name: getattr(moe, name.replace(".", "_"))[0] for name in mlp.state_dict()})
-    assert torch.allclose(moe(x), mlp(x), atol=1e-6)
-
-
 @pytest.mark.parametrize("routing", ["balanced", "uneven", "collapsed"])
 def test_moe_capacity_is_the_literal_one(routing):
     moe, x = mixture(routing, capacity=0.7)
     assert (moe(x) != moe.eval()(x)).any() and moe.train()
     compare(moe, moe, lambda x: literal.moe(moe, x), x, 1e-5, 1e-4)
-
-
-def test_moe_capacity_by_hand():
-    moe, x = mixture("collapsed", capacity=1.0, top_k=1, balance=0.01)
-    moe.router.bias.data[0] = 200
-    # 24 tokens over 4 experts: ⌈1.0 · 1 · 24 / 4⌉ = 6 places each. All 24 want expert 0, which serves 6.
-    whole = moe.eval()(x).flatten(0, 1)
-    served = moe.train()(x).flatten(0, 1)
-    assert torch.allclose(served[:6], whole[:6], atol=1e-6) and (served[6:] == 0).all() and (whole != 0).all()
-    # A router that has collapsed trains on, and the load shows it.
-    (served.sum() + moe.aux).backward()
-    assert moe.load.tolist() == [1, 0, 0, 0] and moe.aux > 0
-    assert all(p.grad.isfinite().all() for p in moe.parameters())
 
 
 def test_balance_loss_by_hand():
@@ -377,11 +257,7 @@ def test_balance_loss_by_hand():
     # var/mean² = .894006
     loss = moe.auxiliary_loss(torch.tensor([[LN3, 0.0]]), torch.tensor([[LN3]]))
     assert abs(loss - 0.1 * 0.5 * (0.25 + 0.894006)) < 1e-5
-
-
-def test_balance_loss_is_finite_at_perfect_balance():
-    moe = models.MoE(4, 4, experts=4, balance=0.1)
-    logits = torch.zeros(6, 4, requires_grad=True)
+    logits = torch.zeros(6, 2, requires_grad=True)  # perfect balance
     loss = moe.auxiliary_loss(logits, torch.zeros(6, 1))
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()
@@ -401,14 +277,6 @@ def test_balance_loss_is_off_by_default_and_in_evaluation():
 
 
 # ---------- ViT, modules and stitches
-
-
-@pytest.mark.parametrize("width, heads, depth, parameters", [
-    (192, 3, 12, 5_717_416), (768, 12, 12, 86_567_656), (1024, 16, 24, 304_326_632)])
-def test_vit_has_deit_s_parameter_count(width, heads, depth, parameters):
-    with torch.device("meta"):
-        model = models.ViT(224, 16, width, heads, [depth // 4] * 4, classes=1000)
-    assert models.parameters(model) == parameters
 
 
 @pytest.mark.parametrize("moe", [None, dict(experts=4)])
@@ -495,24 +363,53 @@ def test_a_student_s_modules_fit_the_meta_model(tmp_path, kind, codes):
         assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-def test_drop_path_rises_over_a_vit_s_blocks_and_is_constant_in_a_nac():
-    vit = models.ViT(8, 4, width=8, heads=2, depths=[2, 1], classes=3)
-    models.set_drop_path(vit, 0.2)
-    assert [block.drop_path.rate for block in vit.blocks] == [0, 0.1, 0.2]
+def test_fresh_experts_and_stitches_have_their_own_deviation(tmp_path):
+    words = ["student.kind=vmoe", "student.width=24", "student.depths=[1,1,1]", "student.experts=4",
+             "student.mlp_ratio=2", "student.init_std=0.1"]
+    small = 1 / math.sqrt(3 * 24 * 48)  # the original's, for experts of 24 × 48
+    for own in (True, False):
+        c = config(tmp_path, *words, *[f"student.expert_std={small}", "student.stitch_std=0.02"] * own)
+        student = models.build(c, "student")
+        block, post = student.blocks[0], models.cut(student, c, "student")[0].post_stitch.fc
+        for weight in (block.moe.fc1_weight, block.moe.fc2_weight):
+            assert weight.std().item() == pytest.approx(small if own else 0.1, rel=0.1)
+        assert block.attn.qkv.weight.std().item() == pytest.approx(0.1, rel=0.1)
+        assert block.moe.router.weight.std().item() > 0.05
+        assert post.bias.any() != own  # else nn.Linear's own
+        assert not own or post.weight.std().item() == pytest.approx(0.02, rel=0.15)
+
+
+def rates(module):
+    """The drop rates of a model's blocks."""
+    return [pytest.approx(block.drop_path.rate) for block in module.blocks]
+
+
+def test_drop_rates_of_every_stage(tmp_path):
+    c = config(tmp_path, "student.kind=vmoe", "student.experts=2", "student.depths=[3,3]",
+               "meta.depths=[1,1]", "teacher.depths=[3,2]")
+    meta, teacher, student = (models.build(c, role) for role in ("meta", "teacher", "student"))
+    models.set_drop_path(student, 0.1)  # fine-tuning: over the whole model
+    assert rates(student) == [0, 0.02, 0.04, 0.06, 0.08, 0.1]
+    models.set_drop_path(student, 0.1, by_module=True)  # m2mKD: over each module
+    assert rates(student) == [0, 0.05, 0.1, 0, 0.05, 0.1]
+    models.drop_in_hybrid(meta, teacher, 0, 0.1)  # incubation: over T_0 (three blocks) and M_1
+    assert rates(teacher.parts[0]) + rates(meta.parts[1]) == [0, 0.1 / 3, 0.2 / 3, 0.1]
+    models.drop_in_hybrid(meta, teacher, 1, 0.1)  # M_0 and T_1 (two blocks)
+    assert rates(meta.parts[0]) + rates(teacher.parts[1]) == [0, 0.05, 0.1]
     nac = models.NAC(**SMALL)
-    models.set_drop_path(nac, 0.1)
-    rates = {name: m.rate for name, m in nac.named_modules() if isinstance(m, models.DropPath)}
-    assert rates == {name: 0.1 * name.startswith("propagators") for name in rates} and len(rates) == 6
+    for by_module in (False, True):  # constant over a NAC's propagators, and nothing else of it drops
+        models.set_drop_path(nac, 0.1, by_module)
+        found = {name: m.rate for name, m in nac.named_modules() if isinstance(m, models.DropPath)}
+        assert found == {name: 0.1 * name.startswith("propagators") for name in found} and len(found) == 6
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    torch.manual_seed(0)
-    drop = models.DropPath()
-    drop.rate = 0.25
-    out = drop(torch.ones(20_000, 2, 3))
-    assert set(out.unique().tolist()) == {0, torch.tensor(1 / 0.75).item()}
-    assert (out == out[:, :1, :1]).all() and abs(out.mean() - 1) < 0.02
-    assert (drop.eval()(torch.ones(5, 2, 3)) == 1).all()
+def test_no_noise_on_a_fixed_code(tmp_path):
+    for codes, noisy in (("own", True), ("original", False)):
+        c = config(tmp_path, f"distill.codes={codes}")
+        # A propagator, since it has no seeder.
+        module = models.cut(models.build(c, "student"), c, "student")[1].train()
+        x = torch.randn(3, 17, c["meta"]["width"])
+        assert torch.equal(module(x), module(x)) != noisy, codes
 
 
 # ---------- Losses
@@ -529,70 +426,7 @@ def test_soft_distillation_loss_by_hand(reduction, expected):
     assert abs(models.kd(TEACHER, TEACHER, 2.0, "soft", reduction)) < 1e-7
 
 
-def test_hard_distillation_loss_by_hand():
-    # teacher's classes 0 and 1; student (½, ½) and, at τ = 1, softmax(2 ln 3, 0) = (.9, .1): (ln 2 + ln 10)/2
-    teacher = torch.tensor([[1.0, 0.0], [0.0, 0.1]])
-    assert abs(models.kd(STUDENT, teacher, 2.0, "hard") - math.log(20) / 2) < 1e-6
-
-
-def test_soft_target_cross_entropy_by_hand():
-    # p = (¼, ¾) and (½, ½): −.2 ln .25 − .8 ln .75 = .507405, −ln .5 = .693147; mean .600276
-    logits, targets = torch.tensor([[0, LN3], [1, 1]]), torch.tensor([[0.2, 0.8], [0.0, 1.0]])
-    assert abs(models.soft_target_ce(logits, targets) - 0.600276) < 1e-6
-
-
 # ---------- Files of weights
-
-
-def save(path, content):
-    models.write(path, lambda file: torch.save(content, file))
-
-
-def small_vit(seed, depths=(1, 2)):
-    torch.manual_seed(seed)
-    return models.ViT(16, 4, width=8, heads=2, depths=list(depths), classes=3)
-
-
-@pytest.mark.parametrize("damage, words", [
-    ("truncated", ""), ("empty", ""), ("text", ""), ("absent", "[Nn]o such file"),
-    ("not tensors", "lacks the tensor cls_token"), ("shape", r"patch_embed.proj.weight is \(8, 3, 8, 8\)"),
-    ("foreign", "has an unexpected tensor layer.weight"), ("nan", "not finite")])
-def test_a_damaged_file_is_refused_and_leaves_the_model_as_it_was(tmp_path, damage, words):
-    state, path = small_vit(0).state_dict(), tmp_path / "w.pt"
-    if damage == "shape":
-        state["patch_embed.proj.weight"] = torch.zeros(8, 3, 8, 8)
-    if damage == "foreign":
-        state["layer.weight"] = torch.zeros(1)
-    if damage == "nan":
-        state["head.bias"][0] = torch.nan
-    save(path, {"model": {} if damage == "not tensors" else state})
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    if damage in ("empty", "text"):
-        path.write_text("" if damage == "empty" else "not a checkpoint")
-    if damage == "absent":
-        path.unlink()
-    model, before = small_vit(1), small_vit(1).state_dict()
-    with pytest.raises(UserError, match=f"{path}.*{words}"):
-        models.load_weights(model, path)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path):
-    torch.manual_seed(0)
-    state, path = {"weight": torch.randn(5, 3), "bias": torch.randn(5)}, tmp_path / "w.pt"
-    save(path, {"model": state})
-    whole, refused = path.read_bytes(), 0
-    for place in range(0, len(whole), 3):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1:])
-        model = nn.Linear(3, 5)
-        try:
-            models.load_weights(model, path)
-        except UserError:
-            refused += 1
-        else:
-            assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()), place
-    assert refused > 100
 
 
 @pytest.mark.parametrize("role, kind", [
@@ -613,7 +447,7 @@ def test_only_a_finished_whole_model_is_loaded(tmp_path, glyphs):
     c = config(tmp_path, f"data.root={glyphs}")
     module, path = models.cut(models.build(c, "student"), c, "student")[0], tmp_path / "run/foreign.pt"
     models.save_finished(c, "distill", "student_modules/0.pt", module.state_dict())
-    save(path, small_vit(0).state_dict())
+    torch.save(module.state_dict(), path)
     for other in (tmp_path / "run/student_modules/0.pt", path):
         with pytest.raises(UserError, match=f"{other} is not a finished model"):
             models.load(other)

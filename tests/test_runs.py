@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 import traceback
+import types
 import warnings
 from pathlib import Path
 
@@ -43,9 +44,10 @@ import torch._dynamo  # torch.optim imports it when first used: once here, not i
 import yaml
 from PIL import Image
 
+import conftest
 import data
 import models
-from conftest import ROOT
+from conftest import ENV, ROOT, one_sentence
 from tools import prepare
 
 # 4 steps of 16 images
@@ -75,6 +77,8 @@ PLAIN = ["data.pad=0", "data.mixup=0", "data.cutmix=0", "student.balance=0", "tr
 
 
 # ---------- Running commands
+
+shell = functools.partial(conftest.shell, cwd=ROOT)
 
 
 @functools.cache
@@ -182,21 +186,6 @@ def run_processes(world, script, path, *words, before=None, expect=0, seconds=60
     return [text for _, text in ends]
 
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
-def shell(*words, env=(), **options):
-    """Runs a command line as a user would -> CompletedProcess."""
-    return subprocess.run([str(w) for w in words], env=ENV | dict(env), text=True,
-                          **{"cwd": ROOT, "capture_output": True, "timeout": 120, **options})
-
-
-def one_sentence(text):
-    """The error in a command's output: its last line, and no traceback."""
-    assert "Traceback" not in text, text
-    *_, last = text.splitlines()
-    assert last.startswith("error: "), text
-    return last
 
 
 # the stages that train, each with the students that it depends on
@@ -346,6 +335,8 @@ def test_a_finished_stage_is_skipped_with_a_line_and_its_file_is_left_alone(done
         more = ["data.workers=1", "data.test_images=5"]  # what changes no result
         title = models.TITLES.get(name, name)
         assert run(script, path, f"role={role}", *more) == f"{title}: finished; skipped\n"
+    text = run("distill_module", path, before=lambda: setattr(models, "code", lambda: "a fork's"))
+    assert text == "m2mKD: finished; skipped (other code made it)\n"
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*.pt")}
 
 
@@ -361,23 +352,6 @@ def test_the_same_folder_with_other_settings_is_refused_naming_the_key(done):
         assert re.fullmatch(
             rf"error: {key} was \S+ when {folder}/\S+ was made, now it is {value}\. Use a new output_dir and "
             rf"share={folder} to keep the stages that do not change\.\n", text), text
-
-
-@vmoe_only
-def test_options_that_change_no_shape_are_compared_wherever_a_file_is_read(done, tmp_path):
-    """Of what the run trained, and of what convert.py brought in."""
-    path, folder = done
-    other = write_config(tmp_path)
-    for target in ("teacher", "student"):
-        words = [sys.executable, "tools/convert.py", "--config", other, f"{target}={folder / target}.pt"]
-        assert (converted := shell(*words)).returncode == 0, converted
-    for word in "teacher.heads=4", "teacher.eps=0.1", "student.heads=4", "student.top_k=1", "student.eps=0.1":
-        role, key = word.partition("=")[0].split(".")
-        for config, made in ((path, folder), (other, tmp_path / "run")):
-            text = one_sentence(run("evaluate", config, f"role={role}", word, expect=2))
-            assert f"{role}.{key} was " in text and str(made) in text, text
-    # Training keys are not looked at in what was brought in.
-    assert "skipped" in run("finetune", other, "role=teacher", "train.teacher.epochs=5", "seed=5")
 
 
 @vmoe_only
@@ -428,27 +402,6 @@ def test_image_prints_the_five_best_classes_of_each_file_best_first(tmp_path):
         shares = [float(p) for _, p in pairs]
         assert shares == sorted(shares, reverse=True) and sum(shares) < 100
     assert "none.png" in one_sentence(run("evaluate", path, "image=none.png", "role=meta", expect=2))
-
-
-@pytest.mark.parametrize("modules", [1, 3, 10])
-def test_what_a_stage_prints_fits_a_hundred_columns(tmp_path, modules):
-    # Of one validation image 100 % or 0 % are right: the longest number is there.
-    depths, data = [1] * modules, {**CONFIG["data"], "validation_images": 1}
-    path = write_config(tmp_path, "nac" if modules > 2 else "vmoe", data=data, meta={**VIT, "depths": depths},
-                        teacher={**VIT, "depths": depths})
-    words = ["distill.alpha=0", "train.meta.epochs=0", f"student.depths={depths}"]
-    words.append(f"student.propagators={max(1, modules - 2)}")
-    run("finetune", path, "role=meta", *words)
-    for role, title in ("teacher", "teacher modules"), ("student", "m2mKD"):
-        first, *lines = run("distill_module", path, f"role={role}", *words).splitlines()
-        epochs = [line for line in lines if line.startswith(title)]
-        banner = rf"{title}: {modules} modules, [\d,]+ parameters, 2 epochs of 4 steps of 16 images"
-        assert re.fullmatch(banner, first), first
-        assert [line.split("  ")[0] for line in epochs] == [f"{title} 1/2", f"{title} 2/2"]  # for all modules
-        for line in epochs:
-            losses, validated = re.search(r"  loss ([\d. ]+)  validation ([\d. ]+) %  ", line).groups()
-            assert len(losses.split()) == (1 if modules == 10 else modules)
-            assert len(validated.split()) == modules and len(line) < 100, line
 
 
 def plan(path, *words, goals=("student", "baseline")):
@@ -518,14 +471,17 @@ def test_another_set_of_as_many_classes_is_another_setting_wherever_it_is(tmp_pa
     ("vmoe", "teacher", []), ("nac", "student", []),
     ("nac", "student", ["distill.codes=original", "distill.alpha=0"]),
 ], indirect=["done"])
-def test_all_modules_in_one_pass_are_the_modules_trained_one_by_one(done, tmp_path, role, words):
+def test_all_modules_in_one_pass_are_the_modules_trained_side_by_side(done, tmp_path, role, words):
     path, folder = beside(done, tmp_path, "distill_module", role)
     together = done[1]
     if words:
         together, words = tmp_path / "pass", [*words, f"share={done[1]}"]
         run("distill_module", path, f"role={role}", *words, f"output_dir={together}")
+    jobs = []
     for i in (2, 0, 1):
-        run("distill_module", path, f"role={role}", f"module={i}", *words)
+        own = shutil.copy(path, path.with_name(f"job{i}.yaml"))
+        jobs.append(start("distill_module", own, f"role={role}", f"module={i}", *words))
+    assert [end(job)[0] for job in jobs] == [0, 0, 0]
     same_bits(folder, together, files_of("distill_module", role)[:3])
     assert log(folder, without=["modules"]) == log(together, stage_of("distill_module", role), ["modules"])
     assert [line["modules"] for line in log(folder)] == [[0], [0], [1], [1], [2], [2]]
@@ -556,7 +512,7 @@ def test_alpha_1_does_not_look_at_labels_and_three_quarters_do(done, tmp_path, s
 
 def without_noise():
     """What a NAC draws is its mean, and SGD shows gradients where Adam would hide their size."""
-    torch.randn_like, torch.rand_like = torch.zeros_like, lambda x: torch.full_like(x, 0.5)
+    torch.randn_like, models.Jitter.forward = torch.zeros_like, lambda self, codes: codes
     torch.rand = lambda *shape, **o: torch.full(shape if type(shape[0]) is int else shape[0], 0.5, **o)
     torch.Tensor.exponential_ = lambda self: self.fill_(1)
     models.optimizer = lambda module, c: torch.optim.SGD(
@@ -711,6 +667,19 @@ def test_a_signal_that_reaches_three_processes_at_different_steps_stops_all_at_o
 
 
 @vmoe_only
+def test_a_module_that_an_unfinished_pass_lacks_is_named_not_lost(done, tmp_path):
+    path, folder = beside(done, tmp_path, "distill_module", "student")
+    run("distill_module", path, "module=2")
+    run("distill_module", path, before=die(models, "learning_rate", 6), expect=-signal.SIGKILL)
+    (folder / "student_modules/2.pt").unlink()
+    assert "module=2" in one_sentence(run("distill_module", path, expect=2))
+    (folder / "student_modules/2.unfinished.pt").unlink()  # which only these tests keep
+    run("distill_module", path, "module=2")
+    run("distill_module", path)
+    same_bits(folder, done[1], files_of("distill_module", "student")[:3])
+
+
+@vmoe_only
 def test_an_output_that_nobody_reads_any_more_costs_no_epoch(done, tmp_path):
     """As behind `| head`: the checkpoint is there before the epoch's line is printed."""
     path, folder = beside(done, tmp_path, "finetune", "student")
@@ -732,30 +701,12 @@ def test_an_output_that_nobody_reads_any_more_costs_no_epoch(done, tmp_path):
     same_run(folder, done[1], "finetune", "student")
 
 
-@nac_only
-def test_modules_trained_side_by_side_do_not_disturb_one_another(done, tmp_path):
+def test_a_pass_over_all_modules_and_a_job_for_one_exclude_each_other(done, tmp_path):
     path, folder = beside(done, tmp_path, "distill_module", "student")
-    jobs = []
-    for i in range(3):
-        own = path.with_name(f"job{i}.yaml")
-        shutil.copy(path, own)
-        jobs.append(start("distill_module", own, f"module={i}"))
-    assert [end(job)[0] for job in jobs] == [0, 0, 0]
-    same_bits(folder, done[1], files_of("distill_module", "student")[:3])
-    assert log(folder, without=["modules"]) == log(done[1], "distill", without=["modules"])
-
-
-@vmoe_only
-def test_a_module_that_an_unfinished_pass_lacks_is_named_not_lost(done, tmp_path):
-    path, folder = beside(done, tmp_path, "distill_module", "student")
-    run("distill_module", path, "module=2")
-    run("distill_module", path, before=die(models, "learning_rate", 6), expect=-signal.SIGKILL)
-    (folder / "student_modules/2.pt").unlink()
-    assert "module=2" in one_sentence(run("distill_module", path, expect=2))
-    (folder / "student_modules/2.unfinished.pt").unlink()  # which only these tests keep
-    run("distill_module", path, "module=2")
-    run("distill_module", path)
-    same_bits(folder, done[1], files_of("distill_module", "student")[:3])
+    with models.lock(folder / "student_modules/1.pt"):
+        assert "student_modules/1.lock" in one_sentence(run("distill_module", path, expect=2))
+        assert "student_modules/1.lock" in one_sentence(run("distill_module", path, "module=1", expect=2))
+        run("distill_module", path, "module=0")
 
 
 def test_a_second_job_on_a_stage_is_refused_and_a_killed_one_does_not_block(tmp_path):
@@ -772,8 +723,18 @@ def test_a_second_job_on_a_stage_is_refused_and_a_killed_one_does_not_block(tmp_
     assert "run/meta.unfinished.lock" in text and "at work" in text, text
     os.kill(waiting[0], signal.SIGKILL)
     end(waiting)
+    left = tmp_path / "run/meta.unfinished.pt.01234567.tmp", tmp_path / "run/notes.tmp"
+    for file in left:  # a kill while the checkpoint was written, and something of the user's
+        file.touch()
     run("finetune", path, "role=meta")
-    assert not list(tmp_path.rglob("*.lock"))
+    assert [*tmp_path.rglob("*.lock"), *tmp_path.rglob("*.tmp")] == [left[1]]
+
+
+def test_a_clock_that_stands_still_is_no_matter(tmp_path):
+    stopped = types.SimpleNamespace(monotonic=lambda: 5.0)
+    path = write_config(tmp_path)
+    text = run("finetune", path, "role=meta", before=lambda: setattr(models, "time", stopped))
+    assert "meta model 2/2" in text
 
 
 def test_a_file_system_without_locks_trains_with_a_note(tmp_path):
@@ -787,19 +748,6 @@ def test_a_file_system_without_locks_trains_with_a_note(tmp_path):
     assert text.count("knows no locks") == 1 and "meta model 2/2" in text, text
     run("evaluate", path, "role=meta", before=no_locks)
     assert len(json.loads((tmp_path / "run/results.json").read_text())) == 2
-
-
-def no_room(name):
-    """-> a function for `before`: the file of this name cannot be written."""
-    def patch(rank=0):
-        replace = os.replace
-
-        def full(old, new):
-            if Path(new).name == name:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            replace(old, new)
-        os.replace = full
-    return patch
 
 
 def small_disk(rank=0):
@@ -817,9 +765,6 @@ def room_for_part_of_a_line(rank=0):
     models.append = cut_short
 
 
-FULL = {"the config": no_room("config.yaml"), "the first checkpoint": no_room("student.unfinished.pt"),
-        "the result": no_room("student.pt"), "in a checkpoint's middle": small_disk,
-        "in a line of the log": room_for_part_of_a_line, "in it once more": room_for_part_of_a_line}
 
 
 @vmoe_only
@@ -830,13 +775,11 @@ def test_a_full_disk_is_one_sentence_and_harms_nothing(done, tmp_path):
     run("finetune", path, before=die(models, "learning_rate", 6), expect=-signal.SIGKILL)
     checkpoint = folder / "student.unfinished.pt"
     good = checkpoint.read_bytes()
-    for place, full in FULL.items():
+    for full in (small_disk, room_for_part_of_a_line, room_for_part_of_a_line):
         text = run("finetune", path, before=full, expect=2)
-        assert ("cannot be written" in one_sentence(text)) == (full != room_for_part_of_a_line), text
+        assert ("cannot be written" in one_sentence(text)) == (full == small_disk), text
         assert not list(folder.rglob("*.tmp")) and not (folder / "student.pt").exists()
-        # Before the result there is a checkpoint of all steps.
-        assert (checkpoint.read_bytes() == good) == (place != "the result")
-        checkpoint.write_bytes(good)
+        assert checkpoint.read_bytes() == good
     assert not (folder / "log.jsonl").read_text().endswith("\n")
     run("finetune", path)
     same_run(folder, done[1], "finetune", "student")
@@ -921,8 +864,8 @@ def test_processes_that_would_begin_differently_all_end_with_a_sentence(tmp_path
 
 
 def test_an_error_in_one_process_leaves_none_hanging(tmp_path):
-    path, full = write_config(tmp_path), no_room("meta.unfinished.pt")
-    processes = start_processes(2, "finetune", path, "role=meta", before=lambda rank: rank or full())
+    path = write_config(tmp_path)
+    processes = start_processes(2, "finetune", path, "role=meta", before=lambda rank: rank or small_disk())
     ends = [end(one, 30) for one in processes]
     assert ends[0][0] == 2 and "cannot be written" in ends[0][1] and ends[1][0] not in (0, "hung"), ends
 
@@ -984,6 +927,8 @@ def test_torchrun_trains_all_modules(tmp_path):
     run("finetune", path, "role=meta")
     text = torchrun(2, "distill_module.py", "--config", path, "distill.alpha=0")
     assert text.returncode == 0, text
+    # Of each module the loss and the hybrid's validation accuracy.
+    assert re.search(r"^m2mKD 2/2 .*loss( [\d.]+){3}  validation( [\d.]+){3} %  ", text.stdout, re.M), text
     assert len(log(tmp_path / "run", "distill")) == 6
 
 

@@ -509,12 +509,13 @@ def evaluation(goal):
 
 
 def busy(goal):
-    """A demo's steps with a thread a core beside one busy process: threads that spin, and threads that sleep."""
+    """A demo's steps, a thread a core, beside one busy process: threads that spin, and threads that sleep."""
     code = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import models, torch
-model = models.build(models.load_config(sys.argv[1] + "/configs/demo_nac.yaml", ["data.classes=24"]), "baseline")
+config = models.load_config(sys.argv[1] + "/configs/demo_nac.yaml", ["data.classes=24"])
+model = models.build(config, "baseline")
 images = torch.randn(64, 3, 32, 32)
 for step in range(15):
     if step == 5:
@@ -523,10 +524,9 @@ for step in range(15):
 print(time.perf_counter() - began)"""
 
     def spent(policy):
-        threads = str(max(2, os.cpu_count()))
-        env = {**os.environ, "OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
-        return float(subprocess.run([sys.executable, "-c", code, str(ROOT)], env=env, check=True, text=True,
-                                    stdout=subprocess.PIPE).stdout)
+        env = {**os.environ, "OMP_WAIT_POLICY": policy, "OMP_NUM_THREADS": str(os.cpu_count())}
+        command = [sys.executable, "-c", code, str(ROOT)]
+        return float(subprocess.check_output(command, env=env, text=True))
 
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
@@ -534,8 +534,8 @@ print(time.perf_counter() - began)"""
     finally:
         other.kill()
     left, right = (statistics.median(column) for column in zip(*times))
-    line("demo NAC's 10 steps beside a busy process: spin | sleep", f"{left:.1f} s", f"{right:.1f} s",
-         left / right, "", goal)
+    what = "demo NAC's 10 steps beside a busy process"
+    line(what, f"spin {left:.1f} s", f"sleep {right:.1f} s", left / right, "", goal)
 
 
 def training(config, name):

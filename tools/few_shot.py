@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import evaluate
 import models
-from data import UserError
 
 
 def main():
@@ -32,14 +31,13 @@ def main():
     if process.rank == 0 and not results.with_name("config.yaml").exists():
         models.begin(config, process)
     for role, path in evaluate.trained(config, words.role).items():
-        model = models.build(config, role)
-        models.load_weights(model, path)
-        if known := {*models.about(path)["class_names"]} & {*images.class_names}:
+        model = models.load(path).to(process.device)
+        if known := {*model.class_names} & {*images.class_names}:
             models.say(process, f"{role} was trained on {len(known)} of these classes, such as {min(known)}.")
         # The model is frozen, so each image goes through it once and serves all episodes.
-        features = features_of(model.to(process.device).eval(), images, config, process)
+        features = features_of(model, images, config, process)
         for shots in few["shots"]:
-            # The same episodes for every role and run of a seed: models are compared on the same questions.
+            # The same episodes for every role and run of a seed: all models get the same questions.
             drawn = episodes(images.labels.numpy(), few["ways"], shots, few["episodes"], config["seed"])
             support, query = (features[indices] for indices in drawn)
             accuracy = 100 * linear_probe(support, query, few["ways"]).float().mean(1)  # episodes 2
@@ -57,7 +55,7 @@ def few_shot_set(config):
     """The images of few_shot.root -> ImageSet. Raises UserError if they are too few for the episodes."""
     few, root = config["few_shot"], Path(config["few_shot"]["root"])
     if not few["root"] or not root.exists():
-        raise UserError(f"few_shot.root={few['root']!r} is not there; set it to a folder or an .npz.")
+        raise data.UserError(f"few_shot.root={few['root']!r} is not there.")
     if root.is_dir():
         folder = next((root / part for part in ("test", "val") if (root / part).is_dir()), root)
         names = data.class_folders(folder)
@@ -66,29 +64,21 @@ def few_shot_set(config):
         images = data.load({"data": {"root": few["root"], "classes": None, "test_images": 0}}, "test")
     images = data.subset(images, few["images"], "few_shot.images")
     for shots in few["shots"]:
-        members(images.labels.numpy(), few["ways"], shots)
+        episodes(images.labels.numpy(), few["ways"], shots, count=1, seed=0)
     return images
 
 
-def members(labels, ways, shots):
-    """The indices of each class that has enough images for an episode: `shots` and 3·`shots` queries."""
-    found = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    whole = [indices for indices in found if len(indices) >= 4 * shots]
-    if len(whole) < ways:
-        raise UserError(f"few_shot.ways={ways}, but only {len(whole)} classes have {4 * shots} images, of "
-                        f"which {shots} are labeled and {3 * shots} asked; lower few_shot.ways or "
-                        "few_shot.shots.")
-    if len(whole) < len(found):
-        data.note(f"{shots}-shot: {len(found) - len(whole)} classes have fewer than {4 * shots} images")
-    return whole
-
-
 def episodes(labels, ways, shots, count, seed):
-    """`count` few-shot episodes out of a set's labels (N): a pure function of the arguments.
-
-    -> support (count, ways·shots) and query (count, ways·3·shots), indices into the set, class by class.
+    """`count` episodes of a set's labels (N), a pure function of the arguments -> support (count, ways·shots)
+    and query (count, ways·3·shots): indices into the set, class by class.
     """
-    found, drawn = members(labels, ways, shots), []
+    classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    found = [indices for indices in classes if len(indices) >= 4 * shots]
+    if len(found) < ways:
+        raise data.UserError(f"few_shot.ways={ways}, but only {len(found)} classes have {4 * shots} images.")
+    if len(found) < len(classes):
+        data.note(f"{shots}-shot: {len(classes) - len(found)} classes have fewer than {4 * shots} images")
+    drawn = []
     for episode in range(count):
         rng = data.generator(seed, "few-shot", episode)
         classes = rng.choice(len(found), ways, replace=False)
@@ -116,10 +106,8 @@ def features_of(model, images, config, process):
 
 
 def linear_probe(support, query, ways):
-    """Trains a linear classifier for each of E episodes, all side by side.
-
-    support E ways·n D, query E ways·m D, class by class -> E ways·m 2: is the label the best, or among the
-    best 5?
+    """Trains a linear classifier for each of E episodes, side by side. support E ways·n D, query E ways·m D,
+    class by class -> E ways·m 2: is the label the best, is it among the best 5?
     """
     E, D = len(support), support.shape[2]
     labels, asked = (torch.arange(ways, device=x.device).repeat_interleave(x.shape[1] // ways).expand(E, -1)

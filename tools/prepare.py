@@ -9,18 +9,16 @@
     python tools/prepare.py renditions OUT FOLDER           the test images of a folder, redrawn
     python tools/prepare.py tiny_imagenet_r OUT FOLDER      ImageNet-R, squashed to 64 x 64 pixels
 
-An .npz also holds renditions of its test images. OUT is written whole or not at all: an .npz is replaced, a
-folder must be new or empty.
+An .npz also holds renditions of its test images, and replaces an old one; a folder must be new or empty.
 """
 
 import functools
 import gzip
 import inspect
 import math
-import os
 import re
-import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -30,76 +28,69 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import models
-from data import UserError
 
 
 def main():
     name, *words = sys.argv[1:] or [""]
-    numbers = [word for word in words if re.fullmatch("[a-z]+=[1-9][0-9]*", word)]
-    paths = [Path(word) for word in words if word not in numbers]
-    numbers = {key: int(value) for key, value in (word.split("=") for word in numbers)}
+    numbers = {key: int(n) for word in words for key, n in re.findall("^([a-z]+)=([1-9][0-9]*)$", word)}
+    paths = [Path(word) for word in words if word.rpartition("=")[0] not in numbers]
     try:
         inspect.signature(SETS[name]).bind(*paths, **numbers)
     except (KeyError, TypeError):
         print(__doc__, file=sys.stderr)
-        raise UserError(f"{' '.join(sys.argv[1:])!r} is none of these commands.") from None
+        raise data.UserError(f"{' '.join(sys.argv[1:])!r} is none of these commands.") from None
     try:
         SETS[name](*paths, **numbers)
-    except UserError:
+    except data.UserError:
         raise
     except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error, KeyError, ValueError) as error:
-        raise UserError(f"{' '.join(map(str, paths))}: this is not the whole of {name} ({error}); give the "
-                        "folder of the set as it was unpacked.") from None
+        raise data.UserError(f"{' '.join(words)}: not the whole of {name} as unpacked ({error}).") from None
 
 
 def save_arrays(out, class_names, splits):
     """Writes {split: (images uint8 N H W 3, labels N)}, and renditions of the test images, as an .npz."""
     if out.suffix != ".npz":
-        raise UserError(f"{out} would be a file of arrays; choose a name that ends in .npz.")
-    images, labels = splits["test"]
-    drawn = [np.asarray(rendition(Image.fromarray(image), i)) for i, image in enumerate(images)]
-    splits = {**splits, "renditions": (np.stack(drawn), labels)}
+        raise data.UserError(f"{out} must end in .npz.")
     arrays = {"class_names": np.array(class_names)}
     for split, (images, labels) in splits.items():
+        # Files that do not belong together would train, badly; MNIST's have the names of Fashion-MNIST's.
+        if len(labels) != len(images) or max(labels) >= len(class_names):
+            raise ValueError(f"{split}: {len(images)} images and {len(labels)} labels up to {max(labels)}")
         arrays |= {f"{split}_images": images, f"{split}_labels": labels.astype(np.int64)}
+    drawn = [rendition(Image.fromarray(image), i) for i, image in enumerate(arrays["test_images"])]
+    arrays |= {"renditions_images": np.stack(drawn), "renditions_labels": arrays["test_labels"]}
     out.parent.mkdir(parents=True, exist_ok=True)
     models.write(out, lambda file: np.savez(file, **arrays))
-    print(f"{out}:", ", ".join(f"{len(images):,} {split}" for split, (images, _) in splits.items()))
 
 
 def save_folder(out, files):
     """Writes [(path within `out`, a PIL image, or the path that a link shall lead to), …]."""
     out = out.resolve()
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; choose another folder, or remove it.")
-    unfinished = out.with_name(f"{out.name}.{os.urandom(4).hex()}.tmp")
-    try:
+        raise data.UserError(f"{out} is not empty.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as temporary:
         for path, content in files:
-            file = unfinished / path
+            file = Path(temporary, out.name, path)
             file.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Image.Image):
                 content.save(file)
             else:
                 file.symlink_to(content.resolve(strict=True))
-        os.replace(unfinished, out)
-        print(out, "is complete")
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        Path(temporary, out.name).replace(out)
 
 
-# ---------- Glyphs: letters and digits drawn here, so that the demo needs no download
+# ---------- Glyphs: drawn here, so that the demo needs no download
 
-# No pair that a small rotation or shear turns into each other (O Q 0, I 1, U V …). `lower_case` is for
-# few-shot, classes that no model has seen: no small letter that is a small capital.
+# No pair that a small rotation or shear turns into each other (O Q 0, I 1, U V …). `lower_case`, for
+# few-shot, has no letter that is a small capital: no model has seen its classes.
 GLYPHS, LOWER_CASE = "ABCDEFGHJKLMNPRSTWXYZ347", "abdefghijmnqrt"
-# A glyph depends on its index alone, and splits never share an index.
-FIRST_INDEX = {"train": 0, "validation": 1 << 40, "test": 2 << 40}
 
 
 def draw_set(characters, out, train, validation, test, size=32):
     splits = {}
-    for split, count in {"train": train, "validation": validation, "test": test}.items():
-        labels, first = np.arange(count) % len(characters), FIRST_INDEX[split]  # each class as often
+    for k, (split, count) in enumerate({"train": train, "validation": validation, "test": test}.items()):
+        labels, first = np.arange(count) % len(characters), k << 40  # splits never share a glyph's index
         images = [draw_glyph(label, first + i, size, characters) for i, label in enumerate(labels)]
         splits[split] = np.stack(images), labels
     save_arrays(out, list(characters), splits)
@@ -118,9 +109,8 @@ def demo():
 def _glyph_mask(character, side):
     """The character in white on black, `side` pixels square, centered: drawn once, then only transformed."""
     mask, font = Image.new("L", (side, side)), ImageFont.load_default(size=0.8 * side)  # Pillow's own font
-    center = side / 2, side / 2
     # The stroke keeps it readable at 32 pixels.
-    ImageDraw.Draw(mask).text(center, character, fill=255, font=font, anchor="mm", stroke_width=side / 20)
+    ImageDraw.Draw(mask).text((side / 2, side / 2), character, 255, font, "mm", stroke_width=side / 20)
     return mask
 
 
@@ -154,8 +144,7 @@ def draw_glyph(label, index, size=32, characters=GLYPHS):
     canvas = Image.new("RGB", (size, size), back)
     draw = ImageDraw.Draw(canvas)
 
-    # Clutter makes the set hard enough to tell models apart. Below the glyph: a faint piece of another
-    # letter, and dots; above it: a thin line, and noise.
+    # Clutter makes the set hard: a faint piece of a letter and dots below the glyph, a line and noise above.
     other = characters[int(between(0, len(characters)))]
     piece = _placed(other, size, scale=between(0.5, 0.9), angle=between(-3, 3), shear=0, x=between(0, size),
                     y=between(0, size))
@@ -171,7 +160,7 @@ def draw_glyph(label, index, size=32, characters=GLYPHS):
     return np.clip(np.asarray(canvas) + noise, 0, 255).astype(np.uint8)
 
 
-# ---------- Renditions: a robustness set made out of a test set, as ImageNet-R is one of ImageNet
+# ---------- Renditions: a robustness set made out of a test set
 
 
 def rendition(image, index):
@@ -192,10 +181,9 @@ RENDITIONS = (
     lambda image: ImageOps.invert(image.filter(ImageFilter.ModeFilter(5))),  # negative of a coarse painting
 )
 
-# ---------- Sets of others: each is refused if it is not all there, because it would train without a word
+# ---------- Sets of others: each is refused if it is not all there
 
-FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
-           "Ankle boot"]
+FASHION = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 
 
 def fashion_mnist(out, folder=Path("/usr/share/datasets/fashion-mnist")):
@@ -205,12 +193,8 @@ def fashion_mnist(out, folder=Path("/usr/share/datasets/fashion-mnist")):
         # Gzipped IDX files: a header of 4 bytes and 4 more for each dimension, then the values.
         files = [folder / f"{prefix}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
         images, labels = (np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files)
-        images, labels = images[16:].reshape(-1, 28, 28), labels[8:]
-        # MNIST has files of the same names, and two files that do not belong together would train, badly.
-        if len(labels) != len(images) or not len(labels) or labels.max() >= len(FASHION):
-            raise ValueError(f"{prefix}: {len(images)} images and {len(labels)} labels up to {max(labels)}")
-        images = np.pad(images, ((0, 0), (2, 2), (2, 2)))  # N H W
-        splits[split] = np.repeat(images[..., None], 3, axis=3), labels  # N H W 3
+        images = np.pad(images[16:].reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))  # N H W
+        splits[split] = np.repeat(images[..., None], 3, axis=3), labels[8:]  # N H W 3
     save_arrays(out, FASHION, splits)
 
 
@@ -219,10 +203,7 @@ def cifar100(out, folder):
     names, splits = (folder / "fine_label_names.txt").read_text().split(), {}
     for split in ("train", "test"):
         records = np.fromfile(folder / f"{split}.bin", np.uint8).reshape(-1, 3074)
-        images, labels = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 1]
-        if len(names) != 100 or labels.max() > 99:  # there is no header to check
-            raise ValueError(f"{split}.bin: labels up to {labels.max()}; fine_label_names.txt: {len(names)}")
-        splits[split] = images, labels
+        splits[split] = records[:, 2:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 1]
     save_arrays(out, names, splits)
 
 
@@ -230,7 +211,7 @@ def cub(out, folder):
     """CUB-200-2011: two lists, joined by the image's number, say each file's class folder and split."""
     files, train = (dict(line.split() for line in (folder / f"{name}.txt").read_text().splitlines())
                     for name in ("images", "train_test_split"))
-    if not files or files.keys() != train.keys():
+    if files.keys() != train.keys():
         raise ValueError("images.txt and train_test_split.txt do not list the same images")
     splits = {"1": "train", "0": "test"}
     save_folder(out, [(f"{splits[train[n]]}/{file}", folder / "images" / file) for n, file in files.items()])
@@ -252,8 +233,7 @@ def tiny_imagenet(out, folder):
     classes = dict(line.split()[:2] for line in lines)
     odd = {path.name for path in flat.glob("[!.]*")} ^ classes.keys() or {*classes.values()} ^ {*names}
     if odd:
-        raise ValueError(f"val/images/, val/val_annotations.txt and train/ do not agree about {min(odd)}; a "
-                         "val/ that is sorted into class folders needs no preparation: data.root=FOLDER")
+        raise ValueError(f"val/ is odd at {min(odd)}; a val/ that is sorted by class needs no preparation")
     images = [(f"val/{name}/{file}", flat / file) for file, name in classes.items()]
     save_folder(out, [("train", folder / "train"), *images])
 

@@ -12,7 +12,6 @@ stages that train the model itself (own) and of all that it needs.
 import functools
 import json
 import re
-import reprlib
 import statistics
 import sys
 from pathlib import Path
@@ -21,23 +20,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cost
 import evaluate
 import models
-from data import UserError
 
 
 def main():
-    runs, folders = [], list(dict.fromkeys(map(Path, sys.argv[1:])))
+    runs, folders = [], [Path(word) for word in sys.argv[1:]]
     for folder in folders:
         try:
             run = Run(folder)
             for other in runs:
                 run.check_beside(other)
             runs.append(run)
-        except UserError as e:
+        except models.UserError as e:
             if len(folders) == 1:
                 raise
             print(f"{folder} is left out: {e}", file=sys.stderr)
     if not runs:
-        raise UserError("Name the folders of runs that have results: python tools/report.py runs/demo_nac*")
+        raise models.UserError("Name the folders of runs: python tools/report.py runs/demo_nac*")
     lines = table(runs, len(folders) > 1)
     rows = [lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)]
     rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]  # a | that does not end a cell
@@ -45,30 +43,27 @@ def main():
     if len(folders) > 1:
         return print(markdown, end="")
     columns = ["model", *[c for c in lines[0] if c.endswith("%")][:3], "own TMAC", "all TMAC"]
-    widths = {c: max(len(c), *(len(line[c]) for line in lines)) for c in columns}
-    for line in [dict(zip(columns, columns)), *lines]:
-        numbers = [line[c].rjust(widths[c]) for c in columns[1:]]
-        print(line["model"].ljust(widths["model"]), *numbers, sep="  ")
+    rows = [columns, *([line[c] for c in columns] for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for model, *numbers in rows:
+        print(model.ljust(widths[0]), *map(str.rjust, numbers, widths[1:]), sep="  ")
     print(verdict(runs[0]))
+    print(f"all columns: {folders[0] / 'report.md'}")
     print(f"pictures: pip install matplotlib && python tools/figures.py {folders[0]}")
     models.write(folders[0] / "report.md", lambda file: file.write(markdown.encode()))
 
 
 class Run:
-    """What a run's folder says: scores {role: {set: top-1}}, settings, and costs {role: {column: value}}.
-
-    Neither its data nor the folders that it shares need be there.
-    """
+    """What a run's folder says: scores {role: {set: top-1}}, settings, and costs {role: {column: value}}."""
 
     def __init__(self, folder):
         self.folder, self.name = folder, re.sub(r"-s\d+", "", folder.absolute().name)
         self.config = models.load_config(folder / "config.yaml")
         results = evaluate.read_results(folder / "results.json")
         if not results:
-            raise UserError(f"{folder} holds no results: run evaluate.py first.")
-        self.scores, self.sizes = {}, {}
-        for r in sorted(results, key=lambda r: r["images"]):
-            self.sizes[r["set"]] = r["images"]
+            raise models.UserError(f"{folder} holds no results: run evaluate.py first.")
+        self.sizes = {r["set"]: r["images"] for r in sorted(results, key=lambda r: r["images"])}
+        self.scores = {}
         for r in results:
             if r["images"] == self.sizes[r["set"]]:  # else only a part of the set was looked at
                 self.scores.setdefault(r["role"], {})[r["set"]] = r["top1"]
@@ -82,62 +77,57 @@ class Run:
     def find(self, name):
         """-> the folder from which this run has a stage's result, and its settings; or None and {}."""
         file = models.files(self.config, name)[0]
-        for folder in map(Path, models.folders(self.config)):
-            if (folder / file).is_file():
-                about = models.about(folder / file)
-                settings = about.get("settings") or {file: about.get("imported")}
-                if folder == self.folder or all(self.settings.get(k, v) == v for k, v in settings.items()):
-                    return folder, settings
+        for path in models.paths(self.config, file):
+            about = models.about(path)
+            settings = about.get("settings") or {file: about.get("imported")}
+            if path == self.folder / file or all(self.settings.get(k, v) == v for k, v in settings.items()):
+                return path.parents[file.count("/")], settings
         return None, {}
 
     def check_beside(self, other):
-        """Raises UserError if a table cannot hold both runs."""
-        same_data = self.settings.get("data.checksum") == other.settings.get("data.checksum")
-        for name in self.sizes.keys() & other.sizes.keys() if same_data else ():
-            if self.sizes[name] != other.sizes[name]:
-                raise UserError(f"it was scored on {self.sizes[name]} images of {name}, {other.folder} on "
-                                f"{other.sizes[name]}; evaluate both alike.")
+        """Raises UserError if a run of the same name differs from this one in more than its seed."""
         if self.name != other.name:
             return
         also = f"{other.folder}, which is also named {self.name}; rename one of them."
         if self.config["seed"] == other.config["seed"]:
-            raise UserError(f"the seed is that of {also}")
-        for run in (other, self):
-            if "data.checksum" not in run.settings:
-                raise UserError(f"{run.folder} holds no finished model, so nothing says whether it belongs "
-                                f"to the mean over runs named {self.name}.")
-        for key in [*other.known, *self.known]:
+            raise models.UserError(f"the seed is that of {also}")
+        for name, images in self.sizes.items():
+            if images != other.sizes.get(name, images):
+                raise models.UserError(f"{name} has {images} images here, {other.sizes[name]} in {also}")
+        for key in ["data.checksum", *other.known, *self.known]:
             old, new = (run.settings.get(key) for run in (other, self))
             if key.endswith(".pt"):  # imported: of each seed another file, but of all seeds or none
                 old, new = old is not None, new is not None
-            if old != new and key != "seed":
-                raise UserError(f"{key} is {reprlib.repr(new)} here and {reprlib.repr(old)} in {also}")
+            # Without a finished model no checksum says that the run belongs to the mean.
+            if old != new and key != "seed" or old is None and key == "data.checksum":
+                raise models.UserError(f"{key} is {new!r} here and {old!r} in {also}")
 
     def count_costs(self):
         """Sums up the logs of all stages that each model needs; what is imported or lost is not counted."""
-        imported = [name for name in models.STAGES
-                    if {*models.files(self.config, name)} & self.settings.keys()]
-        self.costs, self.uncounted = {}, []
+        tmac, self.costs = {}, {}
         for role in self.scores:
-            names = cost.stages_before(self.config, role, imported)
-            tmac = {name: None if name in imported else self.spent(name) for name in names}
-            self.uncounted += [name for name in names if tmac[name] is None and name not in self.uncounted]
-            known = {name: number for name, number in tmac.items() if number is not None}
-            own = [name for name in known if models.STAGES[name][1] == role]
-            if sum(known.values()):
-                self.costs[role] = {"own TMAC": sum(map(known.get, own)), "all TMAC": sum(known.values())}
+            names = cost.stages_before(self.config, role, self.imported)
+            tmac |= {name: self.spent(name) for name in names if name not in tmac}
+            own = sum(tmac[name] or 0 for name in names if models.STAGES[name][1] == role)
+            if every := sum(tmac[name] or 0 for name in names):
+                self.costs[role] = {"own TMAC": own, "all TMAC": every}
+        self.uncounted = [name for name, number in tmac.items() if number is None]
         if self.uncounted:
-            print(f"{self.folder}: not counted, because imported or without a log: "
+            print(f"{self.folder}: not counted, imported or without a log: "
                   f"{', '.join(self.uncounted)}", file=sys.stderr)
+
+    def imported(self, name):
+        return any(file in self.settings for file in models.files(self.config, name))
 
     def spent(self, name):
         """10¹² multiply-adds of a stage, from the log of the run that made it; None without."""
+        if self.imported(name):
+            return None
         if name.startswith("assemble") or not models.schedule(self.config, name)["epochs"]:
             return 0
         # What this run made itself, or has begun, is in its own log.
-        for folder in (self.folder, self.find(name)[0]):
-            lines = [line for line in read_log(folder) if line["stage"] == name] if folder else []
-            if lines:
+        for folder in (self.folder, self.find(name)[0] or self.folder):
+            if lines := [line for line in read_log(folder) if line["stage"] == name]:
                 # Runs that differ in these keys alone cost the same, and are counted once.
                 config = json.dumps({**self.config, "seed": 0, "output_dir": "", "share": None})
                 return sum(line["images"] / len(line["modules"]) / 1e12
@@ -187,28 +177,26 @@ def table(runs, several):
 
 
 def mean_std(values, sign=""):
-    """Mean ± sample standard deviation."""
     if len(values) < 2:
         return f"{values[0]:{sign}.1f}" if values else "–"
     return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values):.1f}"
 
 
 def verdict(run):
-    """What a run shows, in a sentence."""
-    if any("test" not in run.scores.get(role, {}) for role in ("student", "baseline")):
+    both = ("student", "baseline")
+    student, baseline = (run.scores.get(role, {}).get("test") for role in both)
+    if student is None or baseline is None:
         return "a student and its baseline are needed to compare"
-    student, baseline = run.scores["student"]["test"], run.scores["baseline"]["test"]
     kept = "" if run.config["assemble"]["stitches"] == "drop" else " without stitches"
     labels = ", with labels alone," if run.config["train"]["student"]["alpha"] else ""
-    lengths = [models.schedule(run.config, role)["epochs"] for role in ("student", "baseline")]
-    epochs = "the same epochs" if lengths[0] == lengths[1] else f"{lengths[1]} epochs instead of {lengths[0]}"
-    chance = 100 / run.config["data"]["classes"]
-    text = (f"student {student:.1f} %, the same model{kept} end to end{labels} for {epochs} "
-            f"{baseline:.1f} % ({student - baseline:+.1f}); chance {chance:.1f} %")
-    student, baseline = (run.costs.get(role, {}).get("all TMAC") for role in ("student", "baseline"))
-    if not student or not baseline:
-        return text
-    return f"{text}; the whole pipeline cost {student / baseline:.1f} times the baseline's multiply-adds"
+    old, new = (models.schedule(run.config, role)["epochs"] for role in both)
+    epochs = "the same epochs" if old == new else f"{new} epochs instead of {old}"
+    text = (f"student {student:.1f} %, the same model{kept} end to end{labels} for {epochs} {baseline:.1f} % "
+            f"({student - baseline:+.1f}); chance {100 / run.config['data']['classes']:.1f} %")
+    if {*both} <= run.costs.keys():
+        student, baseline = (run.costs[role]["all TMAC"] for role in both)
+        text += f"; the whole pipeline cost {student / baseline:.1f} times the baseline's multiply-adds"
+    return text
 
 
 if __name__ == "__main__":
