@@ -288,12 +288,6 @@ def test_what_does_not_fit_is_named_in_one_sentence(teacher, wrong, wrapping):
     assert "w.pth" in text and all(word in text for word in words), text
 
 
-def test_a_vit_is_not_read_as_a_nac_or_as_a_v_moe(tmp_path, bring):
-    torch.save(small(), tmp_path / "w.pth")
-    for student, word in ((NAC, "lacks the tensor"), (dict(VIT, kind="vmoe", experts=2), ".moe.")):
-        assert word in bring(config_file(tmp_path, student), f"student={tmp_path}/w.pth", expect=2)
-
-
 def test_experts_of_another_number_or_shape_are_named(tmp_path, bring):
     """The original has a tensor per expert, htoh4 (1, H, D) and h4toh (1, D, H); ours are stacked."""
     state, path = fixture("vmoe")["model"], config_file(tmp_path, dict(VMOE, depths=[1, 1, 1]), THREE)
@@ -421,25 +415,6 @@ def test_the_released_nac_modules_are_assembled_fine_tuned_and_scored(tmp_path, 
     run("finetune", path)
     run("evaluate", path)
     assert stages(path) == ["baseline"] and not (tmp_path / "run/meta.pt").exists()
-
-
-def test_the_released_v_moe_modules_are_assembled_with_blocks_numbered_through(tmp_path, bring, run):
-    students = fixture("m2mkd_vmoe")["students"]
-    for i, student in enumerate(students):
-        (tmp_path / f"m/vmoe_base_{i}").mkdir(parents=True)
-        # Deep Incubation's files hold each tensor a second time.
-        twice = {f"stages.0.{name}": value for name, value in student["model"].items()}
-        file = tmp_path / f"m/vmoe_base_{i}/finished_checkpoint.pth"
-        torch.save({"model": {**twice, **student["model"]}, **WRAPPER}, file)
-    path = config_file(tmp_path, dict(VMOE, depths=[1, 1, 1]), THREE)
-    bring(path, f"student_modules={tmp_path}/m")
-    run("assemble", path)
-    whole = weights(tmp_path / "run/student_assembled.pt")
-    for i, student in enumerate(students):
-        state = student["model"]
-        assert torch.equal(whole[f"blocks.{i}.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
-        expert = state["blocks.0.moe.experts.2.htoh4.weight"][0]
-        assert torch.equal(whole[f"blocks.{i}.moe.fc1_weight"][2], expert)
 
 
 @pytest.mark.parametrize("name", ["nac_full", "vmoe", "stitched vmoe"])

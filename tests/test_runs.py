@@ -933,33 +933,6 @@ def test_torchrun_trains_all_modules(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_run_the_whole_method_as_one_with_as_many_processes(tmp_path):
-    """Two torchruns that meet, of two processes each, against one of four."""
-    paths = {name: write_config(tmp_path / name, "nac") for name in ("one", "two")}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meet = f"--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=localhost:{probe.getsockname()[1]}"
-    for name, launch in ("one", "--standalone --nproc_per_node=4"), ("two", f"{meet} --nproc_per_node=2"):
-        line = ["bash", "run.sh", paths[name], "train.*.batch=4", "train.*.accumulate=1"]
-        agents = [subprocess.Popen(line, cwd=ROOT, env={**ENV, "LAUNCH": f"torchrun {launch}"}, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-                  for _ in range(1 + (name == "two"))]
-        try:
-            texts = [agent.communicate(timeout=400)[0] for agent in agents]
-        finally:
-            for agent in agents:
-                if agent.poll() is None:
-                    os.killpg(agent.pid, signal.SIGKILL)
-        assert not any(agent.returncode for agent in agents), texts
-    one, two = (tmp_path / name / "run" for name in paths)
-    for script, role in PIPELINE[:8]:
-        same_bits(one, two, [file for file in files_of(script, role) if "unfinished" not in file])
-    lines = (two / "log.jsonl").read_text().splitlines()
-    assert log(one) == log(two) and len(lines) == 2 * (3 + 3 + 4)  # no epoch is written by both
-    assert {r["images"] for r in json.loads((two / "results.json").read_text())} == {29}
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("student", ["vmoe", "nac"])
 def test_twenty_kills_at_random_moments_make_no_difference(tmp_path, student):
     """Real commands are killed anywhere between start and last write, over all training stages: mixup,
