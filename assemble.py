@@ -17,6 +17,8 @@ now. Right after assembly a student's accuracy is near chance: its modules have 
 trains it.
 """
 
+from pathlib import Path
+
 import data
 import models
 
@@ -34,6 +36,7 @@ def assemble(config, role, process):
     if models.finished(config, name, file):
         return models.skip(config, process, name)
     models.begin(config, process)
+    lock = models.lock(Path(config["output_dir"], file))
     whole = models.build(config, role)
     # Inside the meta model nothing has signatures, so no module's file holds any: they are fitted now.
     models.say(process, models.fit_graph_prior(whole, config))
@@ -52,6 +55,7 @@ def assemble(config, role, process):
     fresh = [key for key, tensor in whole.state_dict(keep_vars=True).items()
              if id(tensor) not in held and not key.startswith("stitches.")]
     models.save_finished(config, name, file, whole.state_dict())
+    Path(lock.name).unlink()
     models.announce(process, f"{name}: {len(modules)} modules; not in their files, so as initialized: "
                     f"{', '.join(fresh) or 'nothing'}")
 

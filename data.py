@@ -88,7 +88,7 @@ class Setup(NamedTuple):
 
 def setup(device="auto"):
     """Device and process group of this process. A collective that waits longer than PATIENCE fails."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
     if rank >= world or world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not complete: start with torchrun.")
     works = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -114,6 +114,14 @@ def setup(device="auto"):
         dist.init_process_group("nccl" if gpu else "gloo", timeout=PATIENCE, store=store, rank=rank,
                                 world_size=world, device_id=gpu)
     return Setup(torch.device(device), rank, world)
+
+
+def environment(name, default):
+    """A whole number that torchrun says in the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or name == "WORLD_SIZE" and not int(text):
+        raise UserError(f"{name}={text!r} in the environment is not a number of processes.")
+    return int(text)
 
 
 def gather(value, process):
@@ -162,6 +170,12 @@ class ImageSet:
         images = None if self.images is None else self.images[indices]
         files = None if self.files is None else [self.files[i] for i in indices.tolist()]
         return ImageSet(self.labels[indices], self.class_names, images, files, self.present)
+
+    def checksum(self):
+        """Of the labels, and of the images in memory or the names of the files."""
+        shown = repr([Path(file).name for file in self.files or []]).encode()
+        pixels = b"" if self.images is None else self.images.numpy()
+        return f"{zlib.crc32(pixels, zlib.crc32(self.labels.numpy().tobytes() + shown)):08x}"
 
     def source(self, index):
         """What read_image() makes a picture of: a path, or uint8 H W 3."""
@@ -425,10 +439,12 @@ def _pool(options, split):
         return read_folders(_split_folder(root, split, names), names, names)
     images, labels = read_npz(root, f"{split}_images", f"{split}_labels")
     fine = images.dtype == np.uint8 and images.shape[3:] == (3,) and labels.shape == images.shape[:1]
-    fine = fine and labels.dtype.kind in "iu" and len(labels)
+    fine = fine and labels.dtype.kind in "iu" and images.size
     if not (fine and 0 <= labels.min() <= labels.max() < len(names)):
         raise UserError(f"{root}: {split}_images must be uint8 N H W 3, and {split}_labels N integers below "
                         f"{len(names)}.")
+    if split in ("train", "test") and len(np.unique(labels)) < len(names):
+        raise UserError(f"{root}: some class has no {split} images; leave its name out or complete it.")
     return ImageSet(labels, names, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
 
 
@@ -451,6 +467,7 @@ def _npz_names(path):
 def _split_folder(root, split, names):
     """The folder of a split, with the same class folders as train/."""
     folder = root / split
+    _entries(root)  # refuses links to what is gone
     # ImageNet's own test/ has no labels: everyone's test accuracies are about val/.
     if split == "test" and not (folder.is_dir() and {*_subfolders(folder)} & {*names}):
         folder = root / "val"
@@ -462,6 +479,7 @@ def _split_folder(root, split, names):
     return folder
 
 
+SPLITS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -494,18 +512,18 @@ def class_folders(folder):
     return names
 
 
-def _image_files(folder, walked, others):
+def _image_files(folder, stop, others):
     """The image files below a folder, sub-folders and links to folders included: {real path: path}."""
-    files, folders = {}, [(str(folder), os.path.realpath(folder))]
+    files, walked, folders = {}, set(), [(str(folder), os.path.realpath(folder))]
     while folders:
         path, real = folders.pop()
         for entry in sorted(_entries(path), key=lambda entry: entry.name):
             target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
             if entry.is_dir():
-                if target not in walked:
+                if target not in stop and target not in walked:
                     walked.add(target)
                     folders.append((entry.path, target))
-            elif entry.name.lower().endswith(SUFFIXES):
+            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
                 files.setdefault(target, entry.path)
             else:
                 others.append(entry.path)
@@ -516,17 +534,19 @@ def _image_files(folder, walked, others):
 def _listing(folder, found):
     """The class folders `found`: [(image file, class name), …], and a checksum of the files' names.
 
-    Listed once, since a stage asks for it many times.
+    Listed once, since a stage asks for it many times. The checksum is also over each class's first image.
     """
-    # A link to a class folder, or to what is above it, would lead to images of other classes.
+    # A link to a class folder, of another split too, or to what is above it, would lead to other images.
     top = Path(os.path.realpath(folder))
     above = {str(top), *map(str, top.parents)}
-    classes = {os.path.realpath(folder / name) for name in found}
+    tops = [folder.parent / split for split in SPLITS] if folder.name in SPLITS else []
+    stop = above | {os.path.realpath(place) for place in tops}
+    stop |= {os.path.realpath(place / name) for place in {folder, *tops} for name in found}
     listing, others, known = [], [], {}
     for name in found:
         if os.path.realpath(folder / name) in above:
             raise UserError(f"{folder / name} is a link to a folder that holds it; remove it.")
-        files = _image_files(folder / name, above | classes, others)
+        files = _image_files(folder / name, stop, others)
         for real, path in files.items():
             if known.setdefault(real, name) != name:
                 raise UserError(f"{path} is an image of class {known[real]!r}, too; remove one of the two.")
@@ -534,7 +554,10 @@ def _listing(folder, found):
     if others:
         note(f"{folder}: {len(others)} files do not end like images and are not read, such as {others[0]}")
     names = "\n".join(path[len(str(folder)):] for path, _ in listing)
-    return listing, zlib.crc32(names.encode(errors="surrogateescape"))
+    checksum = zlib.crc32(names.encode(errors="surrogateescape"))
+    for path in {name: path for path, name in reversed(listing)}.values():
+        checksum = zlib.crc32(Path(path).read_bytes(), checksum)
+    return listing, checksum
 
 
 def read_folders(folder, names, found, complete=True):
@@ -605,7 +628,8 @@ def _read(imageset, requests, options, view, device):
                         generator=torch.Generator())
     # Workers inherit blocked signals. They go to all processes of a job, and the one that trains needs its
     # workers until it has saved.
-    if loader.num_workers and len(tempfile.gettempdir()) > 70:  # else their sockets' names are cut off
+    # Longer ones would cut off the names of the workers' sockets.
+    if loader.num_workers and len(os.fsencode(tempfile.gettempdir())) > 70:
         raise UserError(f"TMPDIR={tempfile.gettempdir()} is too long a path for data-loader workers: set a "
                         "shorter one, or data.workers=0.")
     if loader.num_workers and multiprocessing.get_start_method() != "fork":
@@ -639,18 +663,20 @@ def read_image(source):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, …
         raise UserError(f"{source} is not a readable image ({error}); replace or remove it.") from None
 
 
 def _gray(pixels, mode):
-    """Gray of 16 or 32 bits or of floats -> 8 bits, which Pillow itself would clip."""
+    """Gray of 16 or 32 bits or floats -> 8 bits, which Pillow itself would clip; ValueError if in doubt."""
     low, high = pixels.min(), pixels.max()
-    if mode.startswith("I;16") or mode == "I" and 255 < high <= 65535 and low >= 0:
-        return Image.fromarray((pixels // 257).astype(np.uint8))
     if mode == "F" and 0 <= low <= high <= 1:
-        pixels, high = pixels * 255, high * 255
-    if not 0 <= low <= high <= 255:
+        pixels = pixels * 255
+    elif mode != "F" and 0 <= low and 4096 <= high <= 65535:  # a lower maximum may be one of 12 bits
+        pixels = pixels // 257
+    elif mode.startswith("I;16") and high or not 0 <= low <= high <= 255 or 0 < high < 32:
         raise ValueError(f"mode {mode} with values from {low} to {high}; convert it to 8 bits")
     return Image.fromarray(pixels.round().astype(np.uint8))
 

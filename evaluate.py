@@ -13,6 +13,7 @@ scores classes that the model has not seen, tools/report.py makes tables over ru
 import contextlib
 import fcntl
 import json
+import math
 import os
 from pathlib import Path
 
@@ -33,15 +34,21 @@ def main():
         return classify(args.image, found[0], process)
     if process.rank == 0 and not Path(config["output_dir"], "config.yaml").exists():
         models.begin(config, process)
+    problem = None
     for role, path in trained(config, args.role).items():
         for result in evaluate(role, path, config, process):
+            # At once, whatever happens to the next set. What cannot be kept is printed all the same.
+            try:
+                if process.rank == 0:
+                    keep(Path(config["output_dir"], "results.json"), result)
+            except (models.UserError, OSError) as e:
+                problem = e
             # Of five classes or fewer every answer is among the best five.
             top5 = f", top-5 {result['top5']:.2f} %" if config["data"]["classes"] > 5 else ""
             models.say(process, f"{role}, {result['set']}: top-1 {result['top1']:.2f} %{top5} of "
                        f"{result['images']:,} images")
-            # At once, whatever happens to the next set.
-            if process.rank == 0:
-                keep(Path(config["output_dir"], "results.json"), result)
+    if problem:
+        raise problem
 
 
 def trained(config, role):
@@ -54,7 +61,7 @@ def trained(config, role):
 
 
 def evaluate(role, path, config, process):
-    """Yields the results {role, set, top1, top5, images} of a model on all sets of the config."""
+    """Yields the results {role, set, top1, top5, images, checksum} of a model on all sets of the config."""
     model = models.build(config, role)
     models.load_weights(model, path)
     model.to(process.device).eval()
@@ -77,8 +84,10 @@ def evaluate(role, path, config, process):
         if images.present is not None:
             models.say(process, f"{name}: {len(images.present)} of {config['data']['classes']} classes are "
                        "present; the model chooses among these only.")
+        known = {"images": len(images), "checksum": images.checksum()}
+        models.agree(process, known)
         top1, top5 = score(model, images, config, process)
-        yield {"role": role, "set": name, "top1": top1, "top5": top5, "images": len(images)}
+        yield {"role": role, "set": name, "top1": top1, "top5": top5, **known}
 
 
 @torch.no_grad()
@@ -121,17 +130,25 @@ def keep(path, result):
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(folder, fcntl.LOCK_EX)  # another evaluation of this run may add its own
-        others = [r for r in read_results(path) if [r.get(k) for k in key] != [result[k] for k in key]]
+        others = [r for r in read_results(path) if [r[k] for k in key] != [result[k] for k in key]]
         models.write(path, lambda file: file.write(json.dumps([*others, result], indent=1).encode()))
     finally:
         os.close(folder)
 
 
 def read_results(path):
+    """The results of a run. Raises UserError if the file holds anything else."""
+    if not path.exists():
+        return []
     try:
-        return json.loads(path.read_bytes()) if path.exists() else []
-    except (OSError, ValueError) as e:
-        raise models.UserError(f"{path} cannot be read ({e}); remove it and evaluate again.") from None
+        results = json.loads(path.read_bytes())
+        for r in results:
+            finite = math.isfinite(r["top1"] + r["images"])
+            if r["role"] not in ROLES or type(r["set"]) is not str or not finite:
+                raise ValueError(f"one of its results is {r}")
+        return results
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        raise models.UserError(f"{path} cannot be read ({e!r}); remove it and evaluate again.") from None
 
 
 if __name__ == "__main__":

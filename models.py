@@ -1303,8 +1303,8 @@ def read_keys(path):
     # A block without keys means its defaults.
     blocks = {prefix.rstrip(".") for prefix in BLOCKS} | {"train"}
     chosen = {key: value for key, value in chosen.items() if value is not None or key not in blocks}
-    # A run's folder may have been moved.
-    if Path(path).name == "config.yaml":
+    # A run's own config, which has all keys, means the folder where it lies now.
+    if Path(path).name == "config.yaml" and len(KEYS.keys() & chosen.keys()) > 0.9 * len(KEYS):
         chosen["output_dir"] = str(Path(path).parent)
     return chosen
 
@@ -1640,8 +1640,12 @@ def finished(config, name, file, evaluating=False, memo=None):
     for path in paths(config, file):
         made = about(path)
         if "imported" in made:
-            role = STAGES[name][1]
-            old, new = (flatten(one[role], f"{role}.") for one in (made["config"], config))
+            old, new = ({key: value for key, value in flatten(one).items()
+                         if key in ("data.mean", "data.std") or key.startswith(f"{STAGES[name][1]}.")}
+                        for one in (made["config"], config))
+            names = made["class_names"]  # numbers if nobody told them
+            if names and names != [*map(str, range(len(names)))] and os.path.exists(config["data"]["root"]):
+                old["data.class_names"], new["data.class_names"] = names, data.class_names(config["data"])
         else:
             old, new = made.get("settings", {}), settings(config, name, evaluating, memo)
         if evaluating:
@@ -1768,7 +1772,7 @@ class Stage:
         written = [self.path, *(Path(config["output_dir"], file) for file in files.values())]
         self.locks = {file: lock(file) for file in written} if process.rank == 0 else {}
         self.number = self.resume() if self.path.exists() else 0
-        self.agree()
+        agree(process, {**self.settings, "step": self.number, "training images": len(images), "code": code()})
         begin(config, process)
         self.compiling = config["compile"]
         self.wrapped = {i: self.distributed(module) for i, module in modules.items()}
@@ -1776,26 +1780,16 @@ class Stage:
         self.stopping, (self.listener, speaker) = False, os.pipe()
         os.set_blocking(speaker, False)
         signal.set_wakeup_fd(speaker, warn_on_full_buffer=False)
-        for number in data.SIGNALS:
+        self.signals = [n for n in data.SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as by nohup
+        for number in self.signals:
             signal.signal(number, lambda *_: setattr(self, "stopping", True))
         self.thread = threading.Thread(target=self.listen, daemon=True)
         self.thread.start()
         several = "" if name in modules else f"{len(modules)} modules, "
         epochs = "1 epoch" if c["epochs"] == 1 else f"{c['epochs']} epochs"
-        resumed = f", resumed at step {self.number}" if self.number else ""
+        resumed = f", resumed at step {self.number}{self.other_code}" if self.number else ""
         announce(process, f"{self.title}: {several}{sum(map(parameters, modules.values())):,} parameters, "
                  f"{epochs} of {self.steps} steps of {self.total_batch} images{resumed}")
-
-    def agree(self):
-        """Raises UserError in all processes if one has another start, from a folder or data of its own."""
-        start = {**self.settings, "step": self.number, "training images": len(self.images)}
-        everyone = data.gather(start, self.process)
-        first = everyone[0]
-        for rank, theirs in enumerate(everyone):
-            for key in [key for key in first if first[key] != theirs.get(key)]:
-                here, there = reprlib.repr(first[key]), reprlib.repr(theirs.get(key))
-                raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all need the "
-                                "same output_dir and the same data.")
 
     def listen(self):
         """A thread. The first signal asks the loop to save and leave; one that comes later ends the process.
@@ -1813,10 +1807,13 @@ class Stage:
     def resume(self):
         """Loads an unfinished stage's checkpoint -> its step. Raises UserError on other settings."""
         saved = read(self.path, whole=self.process.rank == 0)
+        if "processes" not in saved.get("settings", {}):
+            raise UserError(f"{self.path} is no checkpoint of an unfinished stage; remove it.")
         if (before := saved["settings"]["processes"]) != self.process.world:
             raise UserError(f"processes was {before} when {self.path} was begun, now it is "
                             f"{self.process.world}: go on with as many as before, or remove it.")
         compare(saved["settings"], self.settings, self.path, self.config)
+        self.other_code = " (other code began it)" if saved.get("code") != code() else ""
         for i, module in self.modules.items():
             if i not in saved["modules"]:
                 raise UserError(f"{self.path} was begun without module {i}: train it first, with module={i}.")
@@ -1847,7 +1844,8 @@ class Stage:
             module.train()
         batches = data.train_batches(self.images, self.config, self.c["block"], epoch, self.process, first)
         title, total = f"{self.title} {epoch + 1}/{self.c['epochs']}", (self.steps - first) * accumulate
-        self.bar = tqdm(batches, title, total, disable=self.process.rank > 0 or None, leave=False)
+        silent = self.process.rank > 0 or sys.stderr is None or None  # None: unless it is a terminal
+        self.bar = tqdm(batches, title, total, disable=silent, leave=False)
         for batch, pair in enumerate(self.bar):
             self.batch = batch
             for module in self.wrapped.values():  # gradients travel once a step, as under DDP.no_sync()
@@ -1945,14 +1943,14 @@ class Stage:
             # A gradient's square may overflow; its parameter would never move again.
             check_finite(flatten(adamw), f"{place}, AdamW")
         if self.process.rank == 0:
-            content = {"settings": self.settings, "number": self.number,
+            content = {"settings": self.settings, "code": code(), "number": self.number,
                        "modules": {i: module.state_dict() for i, module in self.modules.items()},
                        "optimizers": {i: adamw.state_dict() for i, adamw in self.optimizers.items()}}
             write(self.path, lambda file: torch.save(content, file))
 
     def leave(self):
         """Saves and leaves, after a signal. Further ones, which torchrun sends now, do not count."""
-        for number in data.SIGNALS:
+        for number in self.signals:
             signal.signal(number, signal.SIG_IGN)
         self.save()
         say(self.process, f"stopped: saved at step {self.number}; the same command goes on from there.")
@@ -1968,20 +1966,37 @@ class Stage:
         for file, held in self.locks.items():
             file.with_suffix(".lock").unlink(missing_ok=True)
             held.close()
-        for number in data.SIGNALS:
+        for number in self.signals:
             signal.signal(number, signal.SIG_DFL)
         os.close(signal.set_wakeup_fd(-1))  # the thread ends
         self.thread.join()
         os.close(self.listener)
 
 
+def agree(process, facts):
+    """Raises UserError in all processes if one of them, with a folder or data of its own, has other facts."""
+    everyone = data.gather(facts, process)
+    for rank, theirs in enumerate(everyone):
+        for key in [key for key in everyone[0] | theirs if everyone[0].get(key) != theirs.get(key)]:
+            here, there = reprlib.repr(everyone[0].get(key)), reprlib.repr(theirs.get(key))
+            raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all need the same "
+                            "output_dir, data and code.")
+
+
 def skip(config, process, name, only=None):
     """Says that a stage is finished, and removes a checkpoint that a kill has left."""
+    if not name.startswith("assemble"):  # which one process does
+        agree(process, {"step": "the last"})
     if process.rank == 0:
         checkpoint_path(config, name, only).unlink(missing_ok=True)
-    made_by = {about(path).get("code") for file in files(config, name) for path in paths(config, file)[:1]}
-    announce(process, f"{TITLES.get(name, name)}: finished; skipped"
-             f"{' (other code made it)' if made_by - {None, code()} else ''}")
+    announce(process, f"{TITLES.get(name, name)}: finished; skipped{by_other_code(config, name)}")
+
+
+def by_other_code(config, name):
+    """A word where other code made a finished stage; imported weights do not tell."""
+    found = [finished(config, name, file) for file in files(config, name)]
+    codes = {about(path).get("code") for path in found if path}
+    return " (other code made it)" if codes - {None, code()} else ""
 
 
 def checkpoint_path(config, name, only=None):
@@ -2036,7 +2051,7 @@ def optimizer(module, c):
             plain = p.ndim <= 1 or name.endswith(("bias", "cls_token", "pos_embed"))
             groups[c["decay_all"] or not plain].append(p)
     groups = [{"params": p, "weight_decay": c["weight_decay"] * decay} for decay, p in groups.items() if p]
-    return torch.optim.AdamW(groups, lr=c["lr"], betas=tuple(c["betas"]), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=c["lr"], betas=tuple(map(float, c["betas"])), eps=1e-8, fused=True)
 
 
 def learning_rate(step, steps_per_epoch, c, total_batch):

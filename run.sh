@@ -14,7 +14,8 @@ case ${1:---help} in -*) sed -n '2,10s/^# \{0,1\}//p' "$0"; case ${1:-} in -h | 
 config=$1; shift
 here=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=$(command -v python || command -v python3)
-launch=${LAUNCH:-$python}
+read -ra launch <<<"${LAUNCH:-}"
+[ ${#launch[@]} -gt 0 ] || launch=("$python")
 
 # glibc returns every large tensor to the system and faults it in again; CPU training is faster if it keeps them.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-4000000000}
@@ -51,8 +52,7 @@ while read -r script word; do
         *)
             k=$((k + 1))
             export STAGE="[$k/$n] "
-            # shellcheck disable=SC2086
-            run $launch "$here/$script" --config "$config" ${words[@]+"${words[@]}"} "$word"
+            run "${launch[@]}" "$here/$script" --config "$config" ${words[@]+"${words[@]}"} "$word"
             ;;
     esac
 done <<<"$commands"

@@ -244,7 +244,7 @@ def test_results_replace_older_ones_of_the_same_role_set_and_number_of_images(re
         evaluate.keep(path, {"role": role, "set": "test", "top1": top1, "images": images})
     assert [r["top1"] for r in evaluate.read_results(path)] == [2.0, 3.0, 4.0]
     jobs = []
-    for role in "ab":  # two evaluations at once lose none
+    for role in "meta", "teacher":  # two evaluations at once lose none
         if not (pid := os.fork()):
             for k in range(30):
                 evaluate.keep(path, {"role": role, "set": str(k), "top1": 1.0, "images": 9})

@@ -68,7 +68,8 @@ def write_run(folder, top1, stages=(), *overrides, made=None, imported=()):
     for name in [*imported, *((stages or top1) if made is None else made)]:
         for file in models.files(config, name):
             (folder / file).parent.mkdir(exist_ok=True)
-            models.save_finished(config, name, file, {}, "abcd", folder.name if name in imported else None)
+            origin = folder.name if name in imported else None
+            models.save_finished(config, name, file, {}, list("abcd"), origin)
     results = [{"role": role, "set": name, "top1": value, "top5": 100.0, "images": 100}
                for role, sets in top1.items() for name, value in sets.items()]
     (folder / "results.json").write_text(json.dumps(results))
@@ -409,7 +410,7 @@ def test_the_list_is_what_run_sh_runs(home, call, monkeypatch):
         patch.setattr(models, "code", lambda: "older")
         models.save_finished(config, "teacher", "teacher.pt", {})
     assert call(cost, *words).splitlines() == [made[0], *made[4:-1], *last]
-    assert call.errors == "teacher is finished, made by other code\nbaseline is finished\n"
+    assert call.errors == "teacher is finished (other code made it)\nbaseline is finished\n"
     # The few-shot set is looked at before anything is trained.
     words += ["few_shot.root=" + str(home / "set.npz"), "few_shot.ways=4", "few_shot.shots=[1,2]"]
     assert call(cost, *words).splitlines()[-2:] == ["tools/few_shot.py role=all", last[-1]]

@@ -98,6 +98,9 @@ def fit(model, path, config, target, begins):
         if new or misfit and plain.startswith((*classifier, "tokenizer.grid")):
             state[name] = value
             fresh.append(name)
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    if isinstance(model, models.ViT) and len(blocks) not in (0, len(model.blocks)):
+        path = f"{path} ({len(blocks)} blocks, the config has {len(model.blocks)})"
     models.load_state(model, state, path)
     if fresh and target in ("meta", "teacher", "student"):
         raise data.UserError(f"{path}: {', '.join(fresh)} would start fresh, but {target}= is not trained; "
@@ -172,7 +175,8 @@ def read_weights(path):
     for key in (entry, *wrappers, *wrappers):  # also nested
         state = state[key] if isinstance(state.get(key), dict) else state
     for name, value in state.items():
-        if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+        if not (plain and value.is_floating_point() and isinstance(name, str)):
             raise data.UserError(f"{path}: the entry {name} is not a tensor of floating-point numbers.")
     return state, content, f"{Path(path).name} {zlib.crc32(Path(file).read_bytes()):08x}"
 

@@ -36,9 +36,10 @@ def main():
     to_do = [name for *_, name in models.stages(config, goals)]
     needed = {*goals, *(parent for name in to_do for parent in models.parents(config, name))}
     done = [name for name in models.STAGES if name in needed and name not in to_do]
+    if words.list or os.path.exists(config["data"]["root"]):
+        models.check_inputs(config)
     if not words.list:
         return print_table(config, to_do, done)
-    models.check_inputs(config)
     last = [] if goal else ["evaluate.py role=all", f"tools/report.py {config['output_dir']}"]
     if config["few_shot"]["root"] and not goal:
         few_shot.few_shot_set(config)
@@ -52,9 +53,7 @@ def main():
         if not name.startswith("assemble"):
             steps_of(config, name, 1)
     for name in done:
-        made = models.about(models.finished(config, name, models.files(config, name)[0]))
-        other = "" if made.get("code", models.code()) == models.code() else ", made by other code"
-        print(f"{name} is finished{other}", file=sys.stderr)
+        print(f"{name} is finished{models.by_other_code(config, name)}", file=sys.stderr)
     print(*["{} role={}".format(*models.STAGES[name]) for name in to_do], *last, sep="\n")
 
 
@@ -67,7 +66,7 @@ def stages_before(config, name, is_given=lambda name: False):
 
 def print_table(config, to_do, done):
     """Prints what each stage trains and takes, and the sum."""
-    world, total = int(os.environ.get("WORLD_SIZE", 1)), 0.0
+    world, total = data.environment("WORLD_SIZE", 1), 0.0
     print("stage     parameters     images epochs     steps batch  learning rate     state GiB       TMAC"
           "   GPU hours")
     for name in done:

@@ -45,10 +45,10 @@ def main():
             # 95 % interval of the mean: ± 1.96 σ / √episodes, about the draw of episodes, not about training
             ci95 = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
             name = f"few-shot {stem} {shots}-shot {few['ways']}-way"
+            models.say(process, f"{role}, {name}: top-1 {top1:.2f} ± {ci95:.2f} % of {len(images):,} images")
             if process.rank == 0:
                 evaluate.keep(results, {"role": role, "set": name, "top1": top1, "top5": top5, "ci95": ci95,
                                         "images": len(images), "episodes": len(accuracy)})
-            models.say(process, f"{role}, {name}: top-1 {top1:.2f} ± {ci95:.2f} % of {len(images):,} images")
 
 
 def few_shot_set(config):

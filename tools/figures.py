@@ -57,6 +57,7 @@ def main():
     if len(words.runs) > 1 and not words.out:
         raise data.UserError("These pictures are of several runs: say with out=FOLDER where they go.")
     runs = [report.Run(Path(folder)) for folder in words.runs]
+    plt.rcParams["text.parse_math"] = False  # a run's or a class's name may hold a $
     for draw in (curves, cost, length, circuit, experts, contact) if runs else ():
         path = Path(words.out or Path(words.runs[0], "figures"), f"{draw.__name__}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,14 +124,18 @@ def plot(axis, points, name, color):
 def curves(runs):
     """Validation accuracy against epochs: students and baselines, modules of both kinds, meta and teacher."""
     figure, axes = page(runs, "accuracy in training", 2, 2, 5.5)
-    last = [lines[-1]["val_top1"] for run in runs if (lines := log(run, "meta"))]
+
+    def validated(run, *names):
+        return [line for line in log(run, *names) if line["val_top1"] is not None]
+
+    last = [lines[-1]["val_top1"] for run in runs if (lines := validated(run, "meta"))]
     for axis, (title, *names) in zip(axes.flat, (
             ("student and baseline", "student", "baseline", "baseline_kd"),
             ("m2mKD: student modules in the meta model", "distill"),
             ("meta model and teacher", "meta", "teacher"),
             ("incubation: teacher modules in the meta model", "incubate"))):
         lines, levels = {}, {}  # {a stage's name or a module's number: {epoch: values}}, {name: value}
-        for line in [line for run in runs for line in log(run, *names)]:
+        for line in [line for run in runs for line in validated(run, *names)]:
             lines.setdefault(line["module"], {}).setdefault(line["epoch"], []).append(line["val_top1"])
         # Modules have an order, which lightness shows however many they are.
         shades = plt.cm.viridis(np.linspace(0, 0.7, len(lines)))
@@ -172,7 +177,7 @@ def cost(runs):
     if not points:
         return None
     figure, [[axis]] = page(runs, "accuracy against total cost", height=4 + 0.1 * len(points), log_axis=True)
-    axis.set_xlabel("$10^{12}$ multiply-adds (TMAC) of all stages that went into the model")
+    axis.set_xlabel("10¹² multiply-adds (TMAC) of all stages that went into the model")
     for number, ((x, _), (y, std), role, name) in enumerate(points, 1):
         what, color = LOOKS[role]
         what += f", {name.removeprefix(runs[0].name).strip('-')}" * (name != runs[0].name)

@@ -242,7 +242,7 @@ def renditions(out, folder):
     """A robustness set for a folder of images, as the .npz have one."""
     test = data.load({"data": {"root": str(folder), "classes": None, "test_images": 0}}, "test")
     names = [f"{test.class_names[label]}/{i:06}.png" for i, label in enumerate(test.labels.tolist())]
-    images = (rendition(data.read_image(file), i) for i, file in enumerate(test.files))
+    images = (rendition(data.read_image(test.source(i)), i) for i in range(len(test)))
     save_folder(out, zip(names, images))
 
 

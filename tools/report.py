@@ -30,7 +30,7 @@ def main():
             for other in runs:
                 run.check_beside(other)
             runs.append(run)
-        except models.UserError as e:
+        except (models.UserError, OSError) as e:
             if len(folders) == 1:
                 raise
             print(f"{folder} is left out: {e}", file=sys.stderr)
@@ -62,10 +62,11 @@ class Run:
         results = evaluate.read_results(folder / "results.json")
         if not results:
             raise models.UserError(f"{folder} holds no results: run evaluate.py first.")
-        self.sizes = {r["set"]: r["images"] for r in sorted(results, key=lambda r: r["images"])}
+        known = sorted(results, key=lambda r: r["images"])
+        self.sets = {r["set"]: (r["images"], r.get("checksum")) for r in known}
         self.scores = {}
         for r in results:
-            if r["images"] == self.sizes[r["set"]]:  # else only a part of the set was looked at
+            if r["images"] == self.sets[r["set"]][0]:  # else only a part of the set was looked at
                 self.scores.setdefault(r["role"], {})[r["set"]] = r["top1"]
         # The config, and what the finished files know beside it: the data and what was imported.
         self.settings, self.known = models.flatten(self.config), {}
@@ -91,9 +92,9 @@ class Run:
         also = f"{other.folder}, which is also named {self.name}; rename one of them."
         if self.config["seed"] == other.config["seed"]:
             raise models.UserError(f"the seed is that of {also}")
-        for name, images in self.sizes.items():
-            if images != other.sizes.get(name, images):
-                raise models.UserError(f"{name} has {images} images here, {other.sizes[name]} in {also}")
+        for name, images in self.sets.items():
+            if images != other.sets.get(name, images):
+                raise models.UserError(f"{name} has {images[0]} images here, other ones in {also}")
         for key in ["data.checksum", *other.known, *self.known]:
             old, new = (run.settings.get(key) for run in (other, self))
             if key.endswith(".pt"):  # imported: of each seed another file, but of all seeds or none
@@ -146,11 +147,12 @@ def per_image(config, name, modules):
 def read_log(folder):
     """A run's log lines; of each stage, module and epoch the last, because a kill makes a run repeat it."""
     path, last = folder / "log.jsonl", {}
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
+            line["images"] / len(line["modules"])
             last[line["stage"], line["module"], line["epoch"]] = line
-        except ValueError:
+        except (ValueError, KeyError, TypeError, ZeroDivisionError):
             continue  # a full disk cut it short, and the epoch was repeated
     return list(last.values())
 
