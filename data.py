@@ -46,6 +46,7 @@ class UserError(ValueError):
 Count = Annotated[int, 1, 10**8]  # int and float alone mean a number from 0 up
 Size = Annotated[int, 1, 4096]
 Fraction = Annotated[float, 0, 1]
+Divisor = Annotated[float, 1e-6, 1]
 
 
 class DataKeys:
@@ -68,7 +69,7 @@ class DataKeys:
     workers: Annotated[int, 0, 256] = 4  # data-loader workers per process, at most one a core
     # Of the three channels. timm's weights often want `half`.
     mean: Literal["imagenet", "half"] | tuple[Fraction, Fraction, Fraction] = "imagenet"
-    std: Literal["imagenet", "half"] | tuple[Fraction, Fraction, Fraction] = "imagenet"
+    std: Literal["imagenet", "half"] | tuple[Divisor, Divisor, Divisor] = "imagenet"
 
 
 MEAN = {"imagenet": (0.485, 0.456, 0.406), "half": (0.5, 0.5, 0.5)}
@@ -241,7 +242,8 @@ def _test_set(options, split):
     if not folder.is_dir():
         raise UserError(f"data.robustness={split!r} is neither a folder nor a split of data.root.")
     # Folders of other names are left out: the model cannot choose them.
-    found = [name for name in class_folders(folder) if name in set(names)]
+    known = set(names)
+    found = [name for name in class_folders(folder) if name in known]
     labeled = read_folders(folder, names, found, complete=False)
     labeled.present = labeled.labels.unique()
     if len(labeled.present) < 2:

@@ -31,11 +31,13 @@ def main():
     if args.image:
         role = ROLES[0] if args.role == "all" else args.role
         found = models.paths(config, f"{role}.pt") or [models.needed(config, role, f"{role}.pt")]
-        return classify(args.image, found[0], process)
+        return classify([os.path.expanduser(file) for file in args.image], found[0], process)
+    finished, problem = trained(config, args.role), None
+    if not finished:
+        raise models.UserError(f"{config['output_dir']} has no finished model yet.")
     if process.rank == 0 and not Path(config["output_dir"], "config.yaml").exists():
         models.begin(config, process)
-    problem = None
-    for role, path in trained(config, args.role).items():
+    for role, path in finished.items():
         for result in evaluate(role, path, config, process):
             # At once, whatever happens to the next set. What cannot be kept is printed all the same.
             try:

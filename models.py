@@ -1480,7 +1480,8 @@ def read(path, whole=True):
 def load(path):
     """A finished model from its file alone, in evaluation mode, with .class_names, .image_size, .config."""
     content = read(path)
-    if content.get("stage") not in ("meta", "teacher", "student", "baseline", "baseline_kd"):
+    whole = content.get("stage") in ("meta", "teacher", "student", "baseline", "baseline_kd")
+    if not whole or "config" not in content:
         raise UserError(f"{path} is not a finished model such as runs/demo_nac/student.pt.")
     defaults = {key: default for key, (_, default) in KEYS.items()}  # of keys that are newer than the file
     config = unflatten({**defaults, **flatten(content["config"])})
@@ -1668,8 +1669,11 @@ def needed(config, name, file):
 
 def check_inputs(config):
     """Checks the shared folders and all sets of images before anything is trained."""
-    for folder in folders(config)[1:]:
-        if not Path(folder).is_dir():
+    own, *shared = map(Path, folders(config))
+    if own.exists() and not own.is_dir():
+        raise UserError(f"output_dir={own} is a file.")
+    for folder in shared:
+        if not folder.is_dir():
             raise UserError(f"share={folder} is not a run's folder.")
     for name in ("test", *config["data"]["robustness"]):
         data.load(config, name)

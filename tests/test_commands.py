@@ -252,8 +252,10 @@ def test_results_replace_older_ones_of_the_same_role_set_and_number_of_images(re
         jobs.append(pid)
     assert [os.waitpid(pid, 0)[1] for pid in jobs] == [0, 0] and len(evaluate.read_results(path)) == 63
     assert command("finetune", "role=meta", "train.meta.epochs=0") == 0
-    (here / "runs/c/results.json").write_text("[{")
-    refused("results.json", "evaluate", "role=meta", "train.meta.epochs=0")
+    row = '{"role": "meta", "set": "test", "images": 9, "top1": '
+    for text in "[{", "[1, 2]", '{"a": 1}', "5", "[" * 10**5, "[{}]", f"[{row}null}}]", f"[{row}NaN}}]":
+        (here / "runs/c/results.json").write_text(text)
+        refused("results.json", "evaluate", "role=meta", "train.meta.epochs=0")
 
 
 COUNTS = [200, pytest.param(2000, marks=pytest.mark.slow)]
@@ -339,6 +341,9 @@ def test_a_port_that_is_taken_is_one_sentence(here):
         env = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken.getsockname()[1]))
         done = shell(sys.executable, ROOT / "finetune.py", "--config", "c.yaml", "role=meta", env=env)
     assert done.returncode == 2 and "already in use" in one_sentence(done.stderr)
+    for size in "two", "", "0":
+        done = shell(sys.executable, ROOT / "tools/cost.py", "--config", "c.yaml", env={"WORLD_SIZE": size})
+        assert done.returncode == 2 and "WORLD_SIZE=" in one_sentence(done.stderr)
 
 
 def test_run_sh_stops_at_the_first_error_and_a_dry_run_runs_nothing(here):

@@ -16,6 +16,7 @@ import re
 
 import pytest
 import torch
+import yaml
 
 import data
 import models
@@ -229,8 +230,10 @@ def test_a_config_that_is_no_file_is_named(here):
 def test_a_runs_own_config_means_its_own_folder_wherever_it_is(here):
     assert models.load_config("c.yaml")["output_dir"] == "runs/c"
     (here / "moved").mkdir()
-    (here / "moved/config.yaml").write_text(CONFIG + "output_dir: runs/old\n")
+    (here / "moved/config.yaml").write_text(yaml.safe_dump(models.load_config("c.yaml")))
     assert models.load_config("moved/config.yaml")["output_dir"] == "moved"
+    (here / "config.yaml").write_text(CONFIG + "output_dir: mine\n")  # the user's, of that name
+    assert models.load_config("config.yaml")["output_dir"] == "mine"
     assert models.load_config("moved/config.yaml", ["output_dir=new"])["output_dir"] == "new"
 
 

@@ -205,6 +205,10 @@ FOLDERS = {  # what is odd: (change, what the sentence must say, or None where i
     "a link to the class": (linked("train/a/x", "."), None),
     "a link to what is above": (linked("train/a/x", "../../.."), None),
     "a link to another class": (linked("train/a/x", "../b"), None),
+    "a link to another split": (linked("train/a/x", "../../val"), None),
+    "a link to another split's class": (linked("train/a/x", "../../val/b"), None),
+    "a pipe": (lambda root: os.mkfifo(root / "train/a/7.png"), None),
+    "a lost test": (linked("test", "none"), "test is a link to something that is not there"),
     "no train": (lambda root: shutil.rmtree(root / "train"), "train holds 0 class folders"),
     "one class": (lambda root: shutil.rmtree(root / "train/b"), "train holds 1 class folders"),
     "flat": (lambda root: (shutil.rmtree(root / "val"), save_image(root / "val/0.png")),
@@ -303,6 +307,8 @@ MODES = {  # file: (image, its pixel as RGB, or None where it is refused)
     "32 of 16.tif": (filled(25700, np.int32), GRAY), "float of 1.tif": (filled(100 / 255, "f"), GRAY),
     "float to 255.tif": (filled(100.2, "f"), GRAY), "nan.tif": (filled(np.nan, "f"), None),
     "float below 0.tif": (filled(-0.1, "f"), None), "float of 300.tif": (filled(300, "f"), None),
+    "12 bits.tif": (filled(4095, np.uint16), None), "8 in 16 bits.png": (filled(200, np.uint16), None),
+    "a mask.tif": (filled(1, np.int32), None), "black.png": (filled(0, np.uint16), (0, 0, 0)),
     "32 below 0.tif": (filled(-1, np.int32), None), "32 of 70000.tif": (filled(70000, np.int32), None),
 }
 
@@ -729,7 +735,7 @@ def test_one_process_needs_no_group_and_an_incomplete_launch_is_refused(monkeypa
     assert data.sum_over_processes(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
     data.close()
     place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
-    for launch in ({"RANK": "1"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2", **place},
+    for launch in ({"RANK": "1"}, {"WORLD_SIZE": "2", **place},
                    {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "2", **place}):
         with monkeypatch.context() as patch, pytest.raises(UserError, match="start with torchrun"):
             for name, value in launch.items():
