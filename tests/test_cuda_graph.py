@@ -38,8 +38,7 @@ def make_graphed_callables(module, inputs):
     return module
 
 
-RUN = f"""
-import runpy, sys
+RUN = f"""import runpy, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 import test_cuda_graph
