@@ -534,9 +534,10 @@ def _image_files(folder, stop, others):
 
 @functools.lru_cache(maxsize=8)
 def _listing(folder, found):
-    """The class folders `found`: [(image file, class name), …], and a checksum of the files' names.
+    """The class folders `found`: [(image file, class name), …], and a checksum.
 
-    Listed once, since a stage asks for it many times. The checksum is also over each class's first image.
+    Listed once, since a stage asks for it many times. The checksum is over the files' names and over the
+    beginning of each class's first image.
     """
     # A link to a class folder, of another split too, or to what is above it, would lead to other images.
     top = Path(os.path.realpath(folder))
@@ -558,7 +559,8 @@ def _listing(folder, found):
     names = "\n".join(path[len(str(folder)):] for path, _ in listing)
     checksum = zlib.crc32(names.encode(errors="surrogateescape"))
     for path in {name: path for path, name in reversed(listing)}.values():
-        checksum = zlib.crc32(Path(path).read_bytes(), checksum)
+        with open(path, "rb") as file:
+            checksum = zlib.crc32(file.read(4096), checksum)
     return listing, checksum
 
 
