@@ -730,11 +730,11 @@ def test_a_second_job_on_a_stage_is_refused_and_a_killed_one_does_not_block(tmp_
     assert [*tmp_path.rglob("*.lock"), *tmp_path.rglob("*.tmp")] == [left[1]]
 
 
-def test_a_clock_that_stands_still_is_no_matter(tmp_path):
+def test_a_stage_needs_neither_validation_images_nor_a_clock_that_runs(tmp_path):
     stopped = types.SimpleNamespace(monotonic=lambda: 5.0)
-    path = write_config(tmp_path)
-    text = run("finetune", path, "role=meta", before=lambda: setattr(models, "time", stopped))
-    assert "meta model 2/2" in text
+    text = run("finetune", write_config(tmp_path), "role=meta", "data.validation_images=0",
+               before=lambda: setattr(models, "time", stopped))
+    assert text.count("no validation") == 2 and (tmp_path / "run/log.jsonl").read_text().count("null") == 2
 
 
 def test_a_file_system_without_locks_trains_with_a_note(tmp_path):
