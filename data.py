@@ -4,7 +4,7 @@ Sections 1 to 4 go with the method; the others can wait until you need them. Two
 (1) Randomness has no state: every draw is a function of (seed, stage, epoch, position in the epoch). A killed
     run resumes exactly from a step number, and several processes see the images that one would see.
 (2) Small sets (an .npz) live in memory, and whole batches are cropped and flipped on the device. Large sets
-    (a folder) are read image by image in data-loader workers. tools/prepare.py makes one of other formats.
+    (a folder) are read image by image in data-loader workers. tools/prepare.py converts other formats.
 
 Axes: N images, B batch of one process, H = W image size, K classes. Images: uint8 N 3 H W.
 """
@@ -412,7 +412,8 @@ def class_names(options):
     root = Path(options["root"])
     if not options["root"] or not root.exists():
         raise UserError(f"data.root={options['root']!r} is not there: set it to a folder of train/<class>/*, "
-                        f"or make the set: python tools/prepare.py {root.stem or 'SET'} {root}")
+                        f"or make the set, if it is a known one: python tools/prepare.py {root.stem or 'SET'} "
+                        f"{options['root'] or 'FILE'}")
     names = _npz_names(root) if root.suffix == ".npz" else class_folders(root / "train")
     if options["classes"] not in (None, len(names)):
         raise UserError(f"data.classes={options['classes']}, but data.root={root} has {len(names)} classes.")
@@ -630,15 +631,15 @@ def _read(imageset, requests, options, view, device):
     loader = DataLoader(dataset, batch_size=None, sampler=requests, worker_init_fn=dataset.begin,
                         num_workers=min(options["workers"], cores), pin_memory=device.type == "cuda",
                         generator=torch.Generator())
-    # Workers inherit blocked signals. They go to all processes of a job, and the one that trains needs its
-    # workers until it has saved.
-    # Longer ones would cut off the names of the workers' sockets.
+    # A longer one would cut off the names of the workers' sockets.
     if loader.num_workers and len(os.fsencode(tempfile.gettempdir())) > 70:
         raise UserError(f"TMPDIR={tempfile.gettempdir()} is too long a path for data-loader workers: set a "
                         "shorter one, or data.workers=0.")
     if loader.num_workers and multiprocessing.get_start_method() != "fork":
         multiprocessing.resource_tracker.ensure_running()  # its start would unblock them
     _workers_end_with_process()
+    # Workers inherit blocked signals. These go to all processes of a job, and the one that trains needs its
+    # workers until it has saved.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     views = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -63,7 +63,7 @@ def main():
     whole = models.build(config, role)
     modules = models.cut(whole, config, role)
     rate = config["train"][name]["drop_path"]
-    models.set_drop_path(whole, rate, by_module=True)
+    models.set_drop_path(whole, rate, by_module=True)  # a student's; a teacher's: drop_in_hybrid, below
     students = {i: modules[i].to(process.device) for i in files}
     stage = models.Stage(config, process, name, students, files, train, only=args.module)
     low = compare_hybrids(meta, teacher, validation, config, process)
@@ -114,7 +114,7 @@ def compare_hybrids(meta, teacher, images, config, process):
         return 0
     # M alone is M with its own M_0. If it is near chance it tells nothing.
     alone = accuracy(meta, {0: meta.parts[0]}, images, config, process)[0]
-    low = alone / 2 if alone > 200 / config["data"]["classes"] else 0
+    low = alone / 2 if alone > 200 / config["data"]["classes"] else 0  # 200 / K: twice chance, in %
     if teacher:
         # Far below M alone, T does not fit this M; above it, T has something to add.
         hybrids = [*accuracy(meta, dict(enumerate(teacher.parts)), images, config, process).values()]

@@ -3,11 +3,11 @@
     python evaluate.py --config configs/demo_nac.yaml                     the student
     python evaluate.py --config configs/demo_nac.yaml role=all            all finished models
     python evaluate.py --config configs/demo_nac.yaml image=cat.jpg       an image's five best classes
-    torchrun --nproc_per_node=8 evaluate.py --config configs/imagenet_vmoe.yaml role=baseline
+    torchrun --nproc_per_node=8 evaluate.py --config configs/imagenet_vmoe.yaml
 
-Writes <output_dir>/results.json, a list of {role, set, top1, top5, images}. Every image of a set counts once,
-however many processes share it. The last weights are scored, not the best on the way. tools/few_shot.py
-scores classes that the model has not seen, tools/report.py makes tables over runs.
+Writes <output_dir>/results.json, a list of {role, set, top1, top5, images, checksum}. Every image of a set
+counts once, however many processes share it. The last weights are scored, not the best on the way.
+tools/few_shot.py scores classes that the model has not seen, tools/report.py makes tables over runs.
 """
 
 import contextlib

@@ -248,7 +248,7 @@ class ViT(nn.Module):
             for k in range(sum(depths)))
         self.norm = nn.LayerNorm(width, eps=eps)
         self.head = nn.Linear(width, classes)
-        # Filled by build() where stitches are kept or folded: what stands between module i and module i+1.
+        # Filled by build() where stitches are kept: what stands between module i and module i+1.
         self.stitches = nn.ModuleList()
         self.apply(functools.partial(init_linear, std=init_std, expert_std=expert_std or init_std))
         # As in DeiT, at any width
@@ -382,7 +382,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class Tokenizer(nn.Module):
-    """ConvNeXt stem and stages, then a learned position grid of P channels. B 3 H W -> B V features+P."""
+    """ConvNeXt stem and stages, then a position grid of P channels. B 3 H W -> B V X, X = features + P."""
 
     def __init__(self, width, stages, blocks, grid_width, grid_size):
         super().__init__()
@@ -551,8 +551,8 @@ def log_kernel(delta, bandwidth, truncate=True, sample=0):
     cut = delta.detach() > TRUNCATION if truncate else None
     if not sample:
         logs = -delta / bandwidth
-        # −1e30 (in training about −32, below) weighs 0 in the softmax. With −∞ a receiver with no pair left
-        # would get NaN; this way it hears all senders alike.
+        # −1e30 (in training about −32, with noise) weighs 0 in the softmax. With −∞ a receiver with no pair
+        # left would get NaN; this way it hears all senders alike.
         return logs.masked_fill(cut, -1e30) if truncate else logs
     kernel = torch.exp(-delta / bandwidth)
     if truncate:
@@ -587,7 +587,7 @@ class Propagator(nn.Module):
 class ReadOut(nn.Module):
     """Output latents attend to all others. B U D -> B U D.
 
-    Unlike a propagator it has no residual around the attention, no truncation, sampling and stochastic depth.
+    Unlike a propagator it has no residual around the attention, truncation, sampling or stochastic depth.
     """
 
     def __init__(self, width, code_width, heads, head_width, ffn_ratio):
@@ -1181,7 +1181,7 @@ class TrainKeys:
     min_lr: float = 1e-5  # where the cosine ends; not scaled …
     scale_min_lr: bool = False  # … unless this is on
     warmup: float = 0.0  # epochs of linear warm-up from 1e-6
-    warmup_prefix: bool = True  # the cosine begins after the warm-up; false: at step 0, behind it (the paper)
+    warmup_prefix: bool = True  # the cosine begins after the warm-up; false: at step 0, under it (the paper)
     betas: tuple[Annotated[float, 0, 0.9999], Annotated[float, 0, 0.9999]] = [0.9, 0.999]  # AdamW's
     weight_decay: float = 0.05  # AdamW's, on matrices
     decay_all: bool = False  # also 1-d parameters and embeddings (the NAC's fine-tuning)
@@ -1325,8 +1325,9 @@ def keys_of(override):
 def check_key(key, value):
     """Raises UserError if there is no such key, or if it does not allow the value."""
     if key not in KEYS:
-        near = difflib.get_close_matches(str(key), KEYS, 1, 0)[0]
-        raise UserError(f"{key} is not a key; the nearest is {near}.")
+        near = difflib.get_close_matches(str(key), KEYS, 1, 0.5)
+        hint = f"the nearest is {near[0]}" if near else "--help lists all keys"
+        raise UserError(f"{key} is not a key; {hint}.")
     kind = KEYS[key][0]
     if not allowed(value, kind):
         raise UserError(f"{key}={reprlib.repr(value)} is not allowed: it must be {describe(kind)}.")
@@ -1748,7 +1749,7 @@ TITLES = {"meta": "meta model", "incubate": "teacher modules", "distill": "m2mKD
 class Stage:
     """Optimizers, schedule, noise, log and checkpoint of one stage.
 
-        stage = Stage(config, process, "distill", {i: module, …}, {i: file, …}, images)  # resumes
+        stage = Stage(config, process, "distill", {i: module, …}, {i: file, …}, train)  # resumes
         for epoch in stage.epochs():
             for images, targets in stage.batches(epoch):  # from the step at which it stopped
                 stage.seed_noise(i)

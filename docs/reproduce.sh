@@ -440,7 +440,8 @@ knows_more        30 minutes    500 labels, and a meta model of 30,000
 one_thing         1.5 hours     100 or 2,000 labels, or a teacher of 4,000; needs few_labels
 inside            1.5 hours     codes, stitches, graph priors, experts
 paper             1,360 hours   the paper's NAC on Tiny-ImageNet with four graph priors (the time is of one
-                                GPU at 150 TFLOP/s; 14 hours with MODULES=FOLDER, the authors' modules)
+                                GPU at 150 TFLOP/s; with MODULES=FOLDER, the authors' modules, 14 hours, or
+                                56 at the speed that a NAC had on an H100, see docs/speed.md)
 
 Fashion-MNIST is Debian's package dataset-fashion-mnist, or, from a folder with its four .gz files:
     python tools/prepare.py fashion_mnist data/fashion_mnist.npz FOLDER

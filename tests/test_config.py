@@ -122,7 +122,7 @@ def test_a_star_sets_the_key_in_every_stage_and_the_last_override_counts(read):
 # what must fit together.
 BAD_OVERRIDES = [
     ("distill.alpa=1", ["distill.alpa", "distill.alpha"]), ("train.meta.epoch=1", "train.meta.epochs"),
-    ("alpha=1", ["alpha", "distill.alpha"]), ("train=1", "train"), ("=1", "nearest"), ("force=true", "force"),
+    ("alpha=1", ["alpha", "distill.alpha"]), ("train=1", "train"), ("=1", "--help"), ("force=true", "force"),
     ("seed", ["'seed'", "override"]), ("train.*.epoch=1", "train.*.epoch"), ("data.root=[1", "data.root=[1"),
     ("data.image_size=0", ["data.image_size=0", "int from 1 to 4096"]),
     ("data.image_size=big", ["big", "int"]), ("data.image_size=16.5", "16.5"),

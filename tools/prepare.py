@@ -1,7 +1,7 @@
 """prepare.py – makes sets of images into what data.py reads: an .npz of arrays, or folders of image files.
 
     python tools/prepare.py demo                            data/glyphs.npz and data/lower_case.npz, drawn
-    python tools/prepare.py glyphs OUT.npz [train=N] [validation=N] [test=N] [size=S]; so lower_case
+    python tools/prepare.py glyphs OUT.npz [train=N] [validation=N] [test=N] [size=S]; likewise lower_case
     python tools/prepare.py fashion_mnist OUT.npz [FOLDER]  without FOLDER: Debian's dataset-fashion-mnist
     python tools/prepare.py cifar100 OUT.npz FOLDER         of the binary version
     python tools/prepare.py cub OUT FOLDER                  links, sorted into splits and classes
