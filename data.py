@@ -412,7 +412,7 @@ def class_names(options):
     root = Path(options["root"])
     if not options["root"] or not root.exists():
         raise UserError(f"data.root={options['root']!r} is not there: set it to a folder of train/<class>/*, "
-                        f"or make the set, if it is a known one: python tools/prepare.py {root.stem or 'SET'} "
+                        f"or make the set, if it is known: python tools/prepare.py {root.stem or 'SET'} "
                         f"{options['root'] or 'FILE'}")
     names = _npz_names(root) if root.suffix == ".npz" else class_folders(root / "train")
     if options["classes"] not in (None, len(names)):
