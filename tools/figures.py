@@ -3,6 +3,7 @@
     python tools/figures.py runs/demo_nac                         writes runs/demo_nac/figures/*.png
     python tools/figures.py runs/fashion_vmoe-s* out=FOLDER       several runs, into a folder of your choice
     python tools/figures.py sandwich=docs/sandwich.svg            the method, for the README
+    python tools/figures.py depth=docs/depth.png                  gain by number of modules, from results.csv
 
 A run's name is its folder's without the seed: runs/fashion_vmoe-s3 -> fashion_vmoe. cost and length compare
 all runs. The others are of those with the first run's name: curves and experts of all, as a mean over seeds,
@@ -10,6 +11,7 @@ circuit and contact of the first. Each picture is a function, runs -> figure, or
 """
 
 import argparse
+import csv
 import math
 import sys
 from pathlib import Path
@@ -48,12 +50,15 @@ def main():
     parser.add_argument("runs", nargs="*", metavar="FOLDER", help="a run's folder, such as runs/demo_nac")
     parser.add_argument("--out", metavar="FOLDER", help="where the pictures go; a single run has a default")
     parser.add_argument("--sandwich", metavar="FILE", help="draws the method into this .svg")
-    own = ("out=", "sandwich=")  # options work without their dashes, too
+    parser.add_argument("--depth", metavar="FILE", help="draws the gain by number of modules into this .png")
+    own = ("out=", "sandwich=", "depth=")  # options work without their dashes, too
     words = parser.parse_intermixed_args([f"--{w}" if w.startswith(own) else w for w in sys.argv[1:]])
     if words.sandwich:  # without the date, so that the same code writes the same bytes
         sandwich().savefig(words.sandwich, facecolor="white", metadata={"Date": None})
+    elif words.depth:
+        depth(Path(__file__).resolve().parents[1] / "docs/results.csv").savefig(words.depth)
     elif not words.runs:
-        parser.error("name a run's folder, or sandwich=FILE")
+        parser.error("name a run's folder, sandwich=FILE or depth=FILE")
     if len(words.runs) > 1 and not words.out:
         raise data.UserError("These pictures are of several runs: say with out=FOLDER where they go.")
     runs = [report.Run(Path(folder)) for folder in words.runs]
@@ -229,6 +234,45 @@ def length(runs):
         axis.set_visible(False)
     handles = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+DEPTHS = {  # panel: [(name of the runs, epochs of the plain run, its line, color), …]
+    "NAC, glyphs": [("demo_nac", 6, "3 modules", SKY), ("six_nac", None, "6 modules", BLUE),
+                    ("deep_nac", None, "10 modules", BLACK)],
+    "V-MoE, glyphs": [("demo_vmoe", 8, "3 modules of 1 block", SKY),
+                      ("deep_vmoe", None, "4 modules of 3 blocks", BLUE)]}
+
+
+def depth(results):
+    """The gain, m2mKD minus end to end of the same seed, against the length of fine-tuning, by modules."""
+    top1 = {}  # (run, seed, role): % of the test set
+    with open(results) as file:
+        for run, seed, role, data_set, accuracy in csv.reader(file):
+            if data_set == "test":
+                top1[run, seed, role] = float(accuracy)
+    figure, axes = plt.subplots(1, len(DEPTHS), figsize=(WIDTH, 3.4), sharey=True)
+    for axis, (title, lines) in zip(axes, DEPTHS.items()):
+        ticks = set()
+        for name, plain, label, color in lines:
+            gains = {}  # epochs: [points, …]
+            for (run, seed, role), accuracy in top1.items():
+                epochs = run.removeprefix(f"{name}-f")
+                if role == "student" and run == name and plain:
+                    gains.setdefault(plain, []).append(accuracy - top1[run, seed, "baseline"])
+                elif role == "student" and epochs.isdecimal() and run != epochs:
+                    baseline = top1[f"{name}-b{epochs}", seed, "baseline"]
+                    gains.setdefault(int(epochs), []).append(accuracy - baseline)
+            if gains:
+                plot(axis, gains, label, color)
+            ticks |= gains.keys()
+        axis.set(title=title, xscale="log", yscale="symlog", xlabel="epochs", xticks=sorted(ticks))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_yticks([0, 1, 3, 10, 30, 60], ["0", "1", "3", "10", "30", "60"])
+        axis.minorticks_off()
+        axis.legend(frameon=False)
+    axes[0].set_ylabel("gain (points)")
+    figure.suptitle("gain of m2mKD over end to end, mean ± standard deviation of 3 to 10 seeds")
     return figure
 
 
