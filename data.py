@@ -18,6 +18,7 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import random
+import reprlib
 import signal
 import sys
 import tempfile
@@ -125,12 +126,18 @@ def environment(name, default):
     return int(text)
 
 
-def gather(value, process):
-    """[every process's value, in order]; any value that pickles."""
-    values = [value] * process.world
+def agree(process, facts):
+    """Raises UserError in all processes if one of them, with a folder or data of its own, has other facts."""
+    everyone = [facts] * process.world
     if process.world > 1:
-        dist.all_gather_object(values, value)
-    return values
+        dist.all_gather_object(everyone, facts)
+    first, *others = everyone
+    for rank, theirs in enumerate(others, 1):
+        for key in first | theirs:
+            if first.get(key) != theirs.get(key):
+                here, there = reprlib.repr(first.get(key)), reprlib.repr(theirs.get(key))
+                raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all need the "
+                                "same output_dir, data and code.")
 
 
 def sum_over_processes(tensor):
@@ -155,12 +162,13 @@ def close():
 class ImageSet:
     """N labeled images, in memory (uint8 N 3 H W) or as files (N paths). labels: N indices into class_names.
 
-    present: None, or the classes of a robustness set that has not all; the model chooses among these alone.
+    present: K booleans, the classes that the model chooses among: all, or those that a robustness folder has.
     """
 
     def __init__(self, labels, class_names, images=None, files=None, present=None):
         self.labels, self.class_names = torch.as_tensor(labels, dtype=torch.long), list(class_names)
-        self.images, self.files, self.present = images, files, present
+        self.images, self.files = images, files
+        self.present = torch.ones(len(self.class_names), dtype=torch.bool) if present is None else present
 
     def __len__(self):
         return len(self.labels)
@@ -242,13 +250,15 @@ def _test_set(options, split):
     if not folder.is_dir():
         raise UserError(f"data.robustness={split!r} is neither a folder nor a split of data.root.")
     # Folders of other names are left out: the model cannot choose them.
-    known = set(names)
-    found = [name for name in class_folders(folder) if name in known]
-    labeled = read_folders(folder, names, found, complete=False)
-    labeled.present = labeled.labels.unique()
-    if len(labeled.present) < 2:
-        raise UserError(f"data.robustness={split} has images of {len(labeled.present)} of the training set's "
-                        f"classes, such as {names[0]!r}; rename its folders.")
+    found = {*class_folders(folder)}
+    if alike := nfc(found - {*names}) & nfc(names):
+        raise UserError(f"data.robustness={split} has a folder whose name looks like class {min(alike)!r} "
+                        "(Unicode NFC, NFD); rename it.")
+    labeled = read_folders(folder, names, sorted(found & {*names}), complete=False)
+    labeled.present = labeled.labels.bincount(minlength=len(names)) > 0
+    if (count := labeled.present.sum()) < 2:
+        raise UserError(f"data.robustness={split} has images of {count} of the training set's classes, such "
+                        f"as {names[0]!r}; rename its folders.")
     return labeled
 
 
@@ -278,7 +288,7 @@ def _on_device(values, device):
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def steps_per_epoch(length, batch, world, accumulate, stage="<stage>"):
+def steps_per_epoch(length, batch, world, accumulate, stage):
     """Optimizer steps in an epoch. The incomplete last batch is dropped; each epoch is shuffled anew."""
     steps = length // (batch * world * accumulate)
     if not steps:
@@ -316,7 +326,7 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
                  for m in batches)
     else:
         requests = ([(order[p], repr((*key, p))) for p in positions[m].tolist()] for m in batches)
-        views = _read(imageset, requests, options, augment, process.device)
+        views = _read(imageset, requests, options, process.device)
     labels = imageset.labels[order].to(process.device)  # once an epoch, because a copy makes the GPU wait
     for m, images in zip(batches, views):
         images = normalize(images, options)
@@ -375,7 +385,7 @@ def mix(images, labels, options, rng):
     return mixed, lam * targets + (1 - lam) * targets.flip(0)
 
 
-def eval_batches(imageset, config, process, batch=None):
+def eval_batches(imageset, config, process):
     """This process's share of the set, images rank::world in order: each image once over all processes.
 
     Yields images float32 B 3 H W (normalized) and labels int64 B on the device. Shares and last batches are
@@ -383,7 +393,7 @@ def eval_batches(imageset, config, process, batch=None):
     """
     share, options = np.arange(process.rank, len(imageset), process.world), config["data"]
     # Without gradients four times as many fit as in the stage that can bear least.
-    batch = batch or min([256, *(4 * c["batch"] for c in config["train"].values() if isinstance(c, dict))])
+    batch = min(256, *(4 * c["batch"] for c in config["train"].values() if isinstance(c, dict)))
     batches = [share[k:k + batch] for k in range(0, len(share), batch)]
     if len(batches) == 1:  # not worth starting data-loader workers
         options = {**options, "workers": 0}
@@ -391,7 +401,7 @@ def eval_batches(imageset, config, process, batch=None):
         views = (imageset.images[indices].to(process.device, non_blocking=True) for indices in batches)
     else:
         requests = ([(i, None) for i in indices.tolist()] for indices in batches)
-        views = _read(imageset, requests, options, center_view, process.device)
+        views = _read(imageset, requests, options, process.device)
     for indices, images in zip(batches, views):
         yield normalize(images, options), imageset.labels[indices].to(process.device, non_blocking=True)
 
@@ -472,7 +482,7 @@ def _split_folder(root, split, names):
     folder = root / split
     _entries(root)  # refuses links to what is gone
     # ImageNet's own test/ has no labels: everyone's test accuracies are about val/.
-    if split == "test" and not (folder.is_dir() and {*_subfolders(folder)} & {*names}):
+    if split == "test" and not (folder.is_dir() and {entry.name for entry in _entries(folder)} & {*names}):
         folder = root / "val"
     if not folder.is_dir():
         raise UserError(f"{root} has neither test/<class>/* nor val/<class>/* for the test accuracy.")
@@ -498,19 +508,21 @@ def _entries(folder):
     return entries
 
 
-def _subfolders(folder):
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+def nfc(names):
+    """The names as Unicode composes them: é may be one character or two, which look the same."""
+    return {unicodedata.normalize("NFC", name) for name in names}
 
 
 def class_folders(folder):
     """The sorted names of the folders in a folder, at least two."""
-    names = _subfolders(folder) if Path(folder).is_dir() else []
+    entries = _entries(folder) if Path(folder).is_dir() else []
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     if len(names) < 2:
         raise UserError(f"{folder} holds {len(names)} class folders; sort images into one folder per class, "
                         "and set data.root to the folder above it.")
-    if len({unicodedata.normalize("NFC", name) for name in names}) < len(names):
+    if len(nfc(names)) < len(names):
         raise UserError(f"{folder} has class folders whose names look alike (Unicode NFC, NFD); join them.")
-    if loose := [entry.path for entry in _entries(folder) if entry.name.lower().endswith(SUFFIXES)]:
+    if loose := [entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES)]:
         raise UserError(f"{loose[0]} is in no class ({len(loose)} such); move it into a class folder.")
     return names
 
@@ -541,11 +553,10 @@ def _listing(folder, found):
     beginning of each class's first image.
     """
     # A link to a class folder, of another split too, or to what is above it, would lead to other images.
-    top = Path(os.path.realpath(folder))
+    top, siblings = folder.resolve(), [folder.parent / split for split in SPLITS]
     above = {str(top), *map(str, top.parents)}
-    tops = [folder.parent / split for split in SPLITS] if folder.name in SPLITS else []
-    stop = above | {os.path.realpath(place) for place in tops}
-    stop |= {os.path.realpath(place / name) for place in {folder, *tops} for name in found}
+    places = {place / name for place in (folder, *siblings) for name in ("", *found)}
+    stop = above | {os.path.realpath(place) for place in places}
     listing, others, known = [], [], {}
     for name in found:
         if os.path.realpath(folder / name) in above:
@@ -586,10 +597,10 @@ def note(text):
 
 
 class _Views(Dataset):
-    """Batches of views, made in data-loader workers; a request is [(an image's index, its draw), …]."""
+    """Batches of views, made in data-loader workers; a request is [(an image's index, its key), …]."""
 
-    def __init__(self, imageset, options, view):
-        self.imageset, self.options, self.view, self.parent = imageset, options, view, os.getpid()
+    def __init__(self, imageset, options):
+        self.imageset, self.options, self.parent = imageset, options, os.getpid()
 
     def begin(self, _):
         """A worker's first act. If its parent is dead already, torch's watchdog would not notice."""
@@ -599,8 +610,8 @@ class _Views(Dataset):
     def __getitem__(self, request):
         views = []
         try:
-            for i, draw in request:
-                views.append(self.view(read_image(self.imageset.source(i)), self.options, draw))
+            for i, key in request:
+                views.append(view(read_image(self.imageset.source(i)), self.options, key))
         except UserError as error:
             # Raised here, the sentence would be buried in a traceback of the loader's: _read raises it.
             return error
@@ -622,12 +633,12 @@ def _workers_end_with_process():
     atexit.register(end)
 
 
-def _read(imageset, requests, options, view, device):
-    """Batches of (index, draw) -> uint8 B 3 H W on the device, in order. UserError names a bad image."""
+def _read(imageset, requests, options, device):
+    """Batches of (index, key) -> uint8 B 3 H W on the device, in order. UserError names a bad image."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A request is a batch already, hence batch_size=None. The generator is the loader's own, because it draws
     # a number for its workers, which must not move torch's global state.
-    dataset = _Views(imageset, options, view)
+    dataset = _Views(imageset, options)
     loader = DataLoader(dataset, batch_size=None, sampler=requests, worker_init_fn=dataset.begin,
                         num_workers=min(options["workers"], cores), pin_memory=device.type == "cuda",
                         generator=torch.Generator())
@@ -686,11 +697,6 @@ def _gray(pixels, mode):
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def center_view(image, options, _):
-    """Evaluation's view -> uint8 H W 3. It draws nothing."""
-    return np.asarray(center_crop(image, options["image_size"]))
-
-
 def center_crop(image, size):
     """Resizes the shorter side to 256/224 · size (to `size` itself at 32 px or less) and crops the center."""
     short = size if size <= 32 else int(size * 256 / 224)
@@ -706,8 +712,10 @@ def center_crop(image, size):
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
-def augment(image, options, key):
-    """The training view of one image, drawn from its key -> uint8 H W 3: crop, flip, RandAugment."""
+def view(image, options, key):
+    """A view of one image -> uint8 H W 3. Training's, drawn from its key: crop, flip, RandAugment."""
+    if key is None:  # evaluation's
+        return np.asarray(center_crop(image, options["image_size"]))
     rng, size, pad = random.Random(key), options["image_size"], options["pad"]
     if options["resized_crop"]:
         box = resized_crop_box(image.width, image.height, options["resized_crop"], rng)
@@ -777,10 +785,6 @@ def _affine(image, *matrix):
     return image.transform(image.size, affine, matrix, bicubic, fillcolor=FILL)
 
 
-def _table(image, value):
-    return image.point([value(v) for v in range(256)] * 3)
-
-
 # RandAugment (1909.13719) as timm's "increasing" set: each operation gets worse with the level m in 0 … 10.
 # An operation is a function (image, m, sign) -> image; sign is -1 or 1, ignored where there is no direction.
 OPERATIONS = {
@@ -789,9 +793,9 @@ OPERATIONS = {
     "Invert": lambda image, m, sign: ImageOps.invert(image),
     "Rotate": lambda image, m, sign: image.rotate(sign * 3 * m, Image.Resampling.BICUBIC, fillcolor=FILL),
     # The lower bits are cleared. At m = 10 these are all eight, which Pillow's own posterize refuses to do.
-    "Posterize": lambda image, m, sign: _table(image, lambda v: v & ~(2 ** (4 + int(0.4 * m)) - 1)),
+    "Posterize": lambda image, m, sign: image.point(lambda v: v & ~(2 ** (4 + int(0.4 * m)) - 1)),
     "Solarize": lambda image, m, sign: ImageOps.solarize(image, 256 - int(25.6 * m)),
-    "SolarizeAdd": lambda image, m, sign: _table(image, lambda v: min(255, v + int(11 * m) * (v < 128))),
+    "SolarizeAdd": lambda image, m, sign: image.point(lambda v: min(255, v + int(11 * m) * (v < 128))),
     # Pillow's factor 1 leaves the image alone, 0 takes color, contrast, … away.
     "Color": lambda image, m, sign: ImageEnhance.Color(image).enhance(1 + sign * 0.09 * m),
     "Contrast": lambda image, m, sign: ImageEnhance.Contrast(image).enhance(1 + sign * 0.09 * m),

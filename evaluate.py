@@ -33,9 +33,7 @@ def main():
         found = models.paths(config, f"{role}.pt") or [models.needed(config, role, f"{role}.pt")]
         return classify([os.path.expanduser(file) for file in args.image], found[0], process)
     finished, problem = trained(config, args.role), None
-    if not finished:
-        raise models.UserError(f"{config['output_dir']} has no finished model yet.")
-    if process.rank == 0 and not Path(config["output_dir"], "config.yaml").exists():
+    if not Path(config["output_dir"], "config.yaml").exists():
         models.begin(config, process)
     for role, path in finished.items():
         for result in evaluate(role, path, config, process):
@@ -54,11 +52,11 @@ def main():
 
 
 def trained(config, role):
-    """{role: path} of a finished model, or for `all` of those that are there."""
-    if role != "all":
-        path = models.finished(config, role, f"{role}.pt", evaluating=True)
-        return {role: path or models.needed(config, role, f"{role}.pt")}
-    found = {one: models.finished(config, one, f"{one}.pt", evaluating=True) for one in ROLES}
+    """{role: path} of a finished model, or for `all` of those that are there, at least one."""
+    roles = ROLES if role == "all" else [role]
+    found = {one: models.finished(config, one, f"{one}.pt", evaluating=True) for one in roles}
+    if not any(found.values()):
+        models.needed(config, roles[0], f"{roles[0]}.pt")  # says what to do
     return {one: path for one, path in found.items() if path}
 
 
@@ -83,29 +81,25 @@ def evaluate(role, path, config, process):
         elif test_fits and not fits:  # such as ImageNet-R in place of Tiny-ImageNet-R, which was squashed
             models.say(process, f"{name}: its images are not {size} x {size} as the test images are, so they "
                        "are resized and cropped.")
-        if images.present is not None:
-            models.say(process, f"{name}: {len(images.present)} of {config['data']['classes']} classes are "
+        if not images.present.all():
+            models.say(process, f"{name}: {images.present.sum()} of {len(images.present)} classes are "
                        "present; the model chooses among these only.")
         known = {"images": len(images), "checksum": images.checksum()}
-        models.agree(process, known)
+        data.agree(process, known)
         top1, top5 = score(model, images, config, process)
         yield {"role": role, "set": name, "top1": top1, "top5": top5, **known}
 
 
 @torch.no_grad()
 def score(model, images, config, process):
-    """Top-1 and top-5 in % over an ImageSet; logits of classes that it does not have are left out."""
+    """Top-1 and top-5 in % over an ImageSet; the model chooses among the classes that are present."""
     # On the device until the end, because reading a number after each batch would wait for the GPU.
-    hits, absent = torch.zeros(2, device=process.device), None
-    if images.present is not None:
-        absent = torch.ones(config["data"]["classes"], dtype=torch.bool, device=process.device)
-        absent[images.present] = False
+    hits, absent = torch.zeros(2, device=process.device), ~images.present.to(process.device)
     for x, labels in data.eval_batches(images, config, process):
         with models.autocast(config, process.device):
             logits = model(x).float()
         # ImageNet-R has 200 of ImageNet's 1000 classes: others would be wrong by construction.
-        if absent is not None:
-            logits = logits.masked_fill(absent, -torch.inf)
+        logits = logits.masked_fill(absent, -torch.inf)
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # B 5
         hits += torch.stack([best[:, 0].sum(), best.sum()])
     # Counts are summed, not the processes' means: their shares can differ by one image.

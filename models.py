@@ -1557,21 +1557,14 @@ def files(config, name):
 
 
 def stages(config, goals=("student", "baseline")):
-    """What is still to be made for the goals, in order: [(script, role, stage)].
-
-    The walk goes back from the goals and stops at stages whose files are there.
-    """
-    missing = set()
-
-    def want(name):
-        if name not in missing and not all(finished(config, name, file) for file in files(config, name)):
-            missing.add(name)
-            for parent in parents(config, name):
-                want(parent)
-
-    for goal in goals:
-        want(goal)
-    return [(*STAGES[name][:2], name) for name in STAGES if name in missing]
+    """The stages that are still to be made for the goals, in order. What only a finished one needs is not."""
+    wanted, missing = {*goals}, []
+    # Backwards, because a stage's parents stand before it.
+    for name in reversed(STAGES):
+        if name in wanted and not all(finished(config, name, file) for file in files(config, name)):
+            missing.insert(0, name)
+            wanted.update(parents(config, name))
+    return missing
 
 
 def settings(config, name, evaluating=False, memo=None):
@@ -1777,7 +1770,7 @@ class Stage:
         written = [self.path, *(Path(config["output_dir"], file) for file in files.values())]
         self.locks = {file: lock(file) for file in written} if process.rank == 0 else {}
         self.number = self.resume() if self.path.exists() else 0
-        agree(process, {**self.settings, "step": self.number, "training images": len(images), "code": code()})
+        data.agree(process, {**self.settings, "step": self.number, "code": code()})
         begin(config, process)
         self.compiling = config["compile"]
         self.wrapped = {i: self.distributed(module) for i, module in modules.items()}
@@ -1978,20 +1971,10 @@ class Stage:
         os.close(self.listener)
 
 
-def agree(process, facts):
-    """Raises UserError in all processes if one of them, with a folder or data of its own, has other facts."""
-    everyone = data.gather(facts, process)
-    for rank, theirs in enumerate(everyone):
-        for key in [key for key in everyone[0] | theirs if everyone[0].get(key) != theirs.get(key)]:
-            here, there = reprlib.repr(everyone[0].get(key)), reprlib.repr(theirs.get(key))
-            raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all need the same "
-                            "output_dir, data and code.")
-
-
 def skip(config, process, name, only=None):
     """Says that a stage is finished, and removes a checkpoint that a kill has left."""
     if not name.startswith("assemble"):  # which one process does
-        agree(process, {"step": "the last"})
+        data.agree(process, {"step": "the last"})
     if process.rank == 0:
         checkpoint_path(config, name, only).unlink(missing_ok=True)
     announce(process, f"{TITLES.get(name, name)}: finished; skipped{by_other_code(config, name)}")

@@ -210,7 +210,7 @@ def install(world):
     data.setup = lambda device: data.Setup(torch.device("cuda:0"), 0, world)
     dist.is_initialized = lambda: world > 1
     dist.all_reduce = lambda t: assert_contiguous(t)
-    data.gather = lambda content, process: [content] * world
+    dist.all_gather_object = lambda everyone, facts: None
     models.DistributedDataParallel = Replica
     check = models.Stage.check
     models.Stage.check = lambda stage: check(stage) and False  # every number is 1, "asked to end" too

@@ -385,7 +385,7 @@ def nac_modules(folder):
 
 
 def stages(path, *words):
-    return [name for *_, name in models.stages(models.load_config(path, words))]
+    return models.stages(models.load_config(path, words))
 
 
 @pytest.mark.parametrize("stitches", ["drop", "keep", "fold"])

@@ -250,13 +250,16 @@ def test_robustness_folders_are_matched_by_name(tmp_path):
     write_folder(tmp_path, ["r"], ["d", "b", "stranger"])
     (tmp_path / "r/a").mkdir()  # a class without images is not present
     robust = data.load(config, str(tmp_path / "r"))
-    assert robust.present.tolist() == [1, 3] and robust.labels.tolist() == [1, 1, 3, 3]
-    assert robust.class_names == ["a", "b", "c", "d"] and data.load(config, "train").present is None
+    assert robust.present.tolist() == [False, True, False, True] and robust.labels.tolist() == [1, 1, 3, 3]
+    assert robust.class_names == ["a", "b", "c", "d"] and data.load(config, "train").present.all()
     write_folder(tmp_path, ["other"], "xya")
     with pytest.raises(UserError, match="other has images of 1 of"):
         data.load(config, str(tmp_path / "other"))
     with pytest.raises(UserError, match="data.robustness='sketches' is neither a folder"):
         data.load(config, "sketches")
+    write_folder(tmp_path, ["mac"], ["b", "c", "cafe\u0301"])  # a Mac's é
+    with pytest.raises(UserError, match="a folder whose name looks like class 'caf\u00e9'"):
+        data.load(make_config(write_npz(tmp_path / "é.npz", classes=["café", *"bcd"])), f"{tmp_path}/mac")
 
 
 def test_a_set_is_known_by_its_class_names_and_training_images_wherever_it_is(tmp_path):
@@ -391,7 +394,7 @@ def test_draws_are_the_same_in_every_python_process():
     assert data.generator(3, "meta", 1).integers(1000, size=4).tolist() == [146, 991, 364, 438]
     column = Image.fromarray(np.arange(32, dtype=np.uint8).repeat(3).reshape(1, 32, 3).repeat(32, 0))
     options = make_config(image_size=32, pad=9, flip=0.5)["data"]
-    views = [data.augment(column, options, repr((3, "meta", 1, position))) for position in range(4)]
+    views = [data.view(column, options, repr((3, "meta", 1, position))) for position in range(4)]
     # Two neighbors of a row: rising where the image is upright, falling where it is flipped.
     assert [view[0, 9:11, 0].tolist() for view in views] == [[18, 19], [5, 6], [16, 15], [11, 12]]
 
@@ -418,7 +421,8 @@ def test_an_epoch_shows_every_image_at_most_once_and_repeats_on_request():
 def test_every_image_is_evaluated_once(count, world, size):
     imageset = random_set(count, classes=count)  # the label is the image's number
     config = make_config(image_size=size, workers=1)
-    shares = [list(data.eval_batches(imageset, config, data.Setup(CPU, r, world), 4)) for r in range(world)]
+    config["train"]["meta"]["batch"] = 1  # evaluation's are of 4 then
+    shares = [list(data.eval_batches(imageset, config, data.Setup(CPU, r, world))) for r in range(world)]
     labels = torch.cat([y for share in shares for _, y in share])
     images = torch.cat([x for share in shares for x, _ in share])
     assert sorted(labels.tolist()) == list(range(count))
@@ -434,7 +438,7 @@ def test_a_pass_that_is_left_early_leaves_nothing_to_the_next(workers):
     for epoch in range(2):
         next(data.train_batches(imageset, config, "meta", epoch, ALONE))
     assert same(epoch_of(config, imageset), whole)
-    next(data.eval_batches(imageset, make_config(image_size=4, workers=workers), ALONE, 4))
+    next(data.eval_batches(imageset, make_config(image_size=4, workers=workers), ALONE))
     assert same(epoch_of(config, imageset), whole)
     assert len(multiprocessing.active_children()) <= workers  # and no worker
 
@@ -514,7 +518,7 @@ def test_padding_moves_by_at_most_pad_repeats_edges_and_flips_as_often_as_asked(
     image = np.stack([ramp.T if axis else ramp] * 3, -1)
     options = make_config(pad=2, flip=0.25 * axis)["data"]
     if way.startswith("single"):
-        views = np.stack([data.augment(Image.fromarray(image), options, key)[..., 0] for key in range(400)])
+        views = np.stack([data.view(Image.fromarray(image), options, key)[..., 0] for key in range(400)])
     else:
         pool, rng = torch.from_numpy(image).permute(2, 0, 1).expand(400, 3, 8, 8), np.random.default_rng(0)
         views = data._crop_and_flip(pool, np.arange(400), options, rng, 400, slice(0, None)).numpy()[:, 0]
@@ -532,9 +536,9 @@ def test_a_long_thin_image_takes_little_memory(tmp_path):
     Image.new("RGB", (12000, 3)).save(tmp_path / "thin.png")
     code = ("import sys, resource; sys.path.insert(0, '.'); import data\n"
             "image = data.read_image(sys.argv[1])\n"
-            "data.center_view(image.crop((0, 0, 9, 9)), {'image_size': 224}, None)\n"
+            "data.view(image.crop((0, 0, 9, 9)), {'image_size': 224}, None)\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "before, view = peak(), data.center_view(image, {'image_size': 224}, None)\n"
+            "before, view = peak(), data.view(image, {'image_size': 224}, None)\n"
             "print(view.shape == (224, 224, 3), peak() - before < 50_000)")
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "thin.png"], cwd=ROOT, capture_output=True)
     assert done.stdout == b"True True\n", done

@@ -186,8 +186,6 @@ def run_processes(world, script, path, *words, before=None, expect=0, seconds=60
     return [text for _, text in ends]
 
 
-
-
 # the stages that train, each with the students that it depends on
 CASES = [("vmoe", "finetune", "meta"), ("vmoe", "distill_module", "student"),
          ("nac", "distill_module", "student"), ("nac", "finetune", "student"),
@@ -405,15 +403,15 @@ def test_image_prints_the_five_best_classes_of_each_file_best_first(tmp_path):
 
 
 def plan(path, *words, goals=("student", "baseline")):
-    config = models.load_config(path, ["precision=float32", *words])
-    return [name for _, _, name in models.stages(config, goals)]
+    return models.stages(models.load_config(path, ["precision=float32", *words]), goals)
 
 
 def test_what_is_to_be_made_is_found_by_walking_back_from_the_goals(tmp_path):
     path, folder = write_config(tmp_path), tmp_path / "run"
     config, every = models.load_config(path, ["precision=float32"]), list(models.STAGES)
     assert plan(path, goals=every) == every and plan(path) == every[:-1]
-    assert [(f"{script}.py", role) for script, role in PIPELINE[:8]] == [s[:2] for s in models.stages(config)]
+    commands = [models.STAGES[name][:2] for name in every[:-1]]
+    assert [(f"{script}.py", role) for script, role in PIPELINE[:8]] == commands
     assert plan(path, goals=["teacher"]) == ["meta", "incubate", "assemble_teacher", "teacher"]
     # Without a teacher's lesson there is no teacher, and its keys are no settings.
     assert plan(path, "distill.alpha=0") == ["meta", *every[4:-1]]
@@ -763,8 +761,6 @@ def room_for_part_of_a_line(rank=0):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         append(path, lines)
     models.append = cut_short
-
-
 
 
 @vmoe_only

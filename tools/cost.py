@@ -33,7 +33,7 @@ def main():
     if goal and goal not in models.STAGES:
         raise data.UserError(f"GOAL={goal} is not one of the stages {', '.join(models.STAGES)}.")
     goals = [goal] if goal else ["student", "baseline"]
-    to_do = [name for *_, name in models.stages(config, goals)]
+    to_do = models.stages(config, goals)
     needed = {*goals, *(parent for name in to_do for parent in models.parents(config, name))}
     done = [name for name in models.STAGES if name in needed and name not in to_do]
     if words.list or os.path.exists(config["data"]["root"]):
