@@ -215,9 +215,8 @@ def load(config, split, stage=None):
     pool, count = _pool(options, split if own else "train"), options[f"{split}_images"]
     order = np.random.default_rng(config["seed"]).permutation(len(pool))
     if not own:
-        held_out = options["validation_images"]
-        if held_out is None:
-            held_out = max(1, min(1000, len(pool) // 10))
+        tenth, held_out = max(1, min(1000, len(pool) // 10)), options["validation_images"]
+        held_out = tenth if held_out is None else held_out
         # Validation from the end: it stays the same whatever train_images is.
         first = max(0, len(pool) - held_out)
         order = order[first:] if split == "validation" else order[:first]
@@ -318,7 +317,7 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
     total, own = batch * process.world, slice(process.rank * batch, (process.rank + 1) * batch)
     if options["repeats"] > 1:
         own = slice(process.rank, total, process.world)
-    positions = {m: np.arange(m * total, (m + 1) * total)[own] for m in batches}
+    positions = np.arange(steps * accumulate * total).reshape(-1, total)[:, own]  # a row is a micro-batch
     # The number after m separates kinds of draws: 1 crops and flips, 2 mixes.
     if imageset.ready(options["image_size"]) and not (options["resized_crop"] or options["randaugment"]):
         pool = imageset.images.to(process.device)
@@ -327,15 +326,15 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
     else:
         requests = ([(order[p], repr((*key, p))) for p in positions[m].tolist()] for m in batches)
         views = _read(imageset, requests, options, process.device)
-    labels = imageset.labels[order].to(process.device)  # once an epoch, because a copy makes the GPU wait
+    # At once, because a copy makes the GPU wait
+    labels = imageset.labels[order[positions]].to(process.device)
     for m, images in zip(batches, views):
         images = normalize(images, options)
         for image, p in zip(images, positions[m].tolist()) if options["erasing"] else ():
             erase(image, options["erasing"], random.Random(repr((*key, p, "erase"))))
         # Partners for mixup and cutmix come from the process's own batch, with a draw of its own, as in timm.
         # With mixup two processes therefore train a little differently from one.
-        own_labels = labels[m * total:(m + 1) * total][own]
-        yield mix(images, own_labels, options, generator(*key, m, 2, process.rank))
+        yield mix(images, labels[m], options, generator(*key, m, 2, process.rank))
 
 
 def _crop_and_flip(pool, indices, options, rng, total, own):

@@ -27,7 +27,7 @@ def main():
     process = data.setup(config["device"])
     if models.finished(config, role, f"{role}.pt"):
         return models.skip(config, process, role)
-    # A baseline has the student's images, epochs and recipe (the block train.student), but not its α.
+    # A baseline has the student's images and recipe (the block train.student), but not its α.
     train, validation = data.load(config, "train", c["block"]), data.load(config, "validation")
 
     # Teacher and student start from their assembled modules, meta model and baselines from scratch. A

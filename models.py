@@ -106,9 +106,10 @@ def without_autocast(x):
 class MoE(nn.Module):
     """Mixture of E experts in place of an MLP: out = Σ_k g_k · expert_{e_k}(x), g = softmax(top-k logits).
 
-    `capacity` > 0 is V-MoE's capacity factor: in training an expert takes the first capacity · k · T / E
-    tokens of a batch; the others keep their residual. With `balance` > 0 training adds V-MoE's router noise
-    and leaves its auxiliary loss in `self.aux`. `self.load`: each expert's share of the last training batch.
+    `capacity` > 0 is V-MoE's capacity factor: in training an expert takes capacity · k · T / E tokens of a
+    batch, first choices first; the others keep their residual. With `balance` > 0 training adds V-MoE's
+    router noise and leaves its auxiliary loss in `self.aux`. `self.load`: each expert's share of the last
+    training batch.
     """
 
     def __init__(self, width, hidden, experts, top_k=2, balance=0.0, capacity=0.0):
@@ -124,17 +125,18 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, x.shape[-1])  # T D
         gates, chosen = self.route(tokens)  # T k, T k
         # Sorted by expert, each expert's share of the T·k (token, expert) pairs is one contiguous slice.
-        chosen = chosen.flatten()
-        order = chosen.argsort(stable=True)
-        chosen, E = chosen[order], len(self.fc1_weight)
+        chosen, order = chosen.flatten().sort(stable=True)
+        E = len(self.fc1_weight)
         one_hot = chosen[:, None] == torch.arange(E, device=x.device)  # T·k E
         load = one_hot.sum(0)
         if self.training:
             self.load = load / len(chosen)
         out = self.run_experts(tokens, order // self.top_k, one_hot, load)  # T·k D
         if self.training and self.capacity:
-            # A pair's place in its expert's queue is its index less that of the expert's first pair.
-            place = torch.arange(len(order), device=x.device) - (load.cumsum(0) - load)[chosen]
+            # A pair's turn in the order (expert, choice, token), less that of its expert's first pair
+            choice, token = order % self.top_k, order // self.top_k
+            turn = ((chosen * self.top_k + choice) * len(tokens) + token).argsort().argsort()
+            place = turn - (load.cumsum(0) - load)[chosen]
             out = out * (place < math.ceil(self.capacity * len(order) / E))[:, None]
         # out_t = Σ_k g_k · expert_{e_k}(x_t), back in the tokens' order (index_copy_'s gradient is a gather)
         out = torch.empty_like(out).index_copy_(0, order, out).view(-1, self.top_k, x.shape[-1])  # T k D
@@ -389,10 +391,9 @@ class Tokenizer(nn.Module):
         # With 2 stages 8×8 pixels make a token, with 3 stages 16×16.
         widths = [width // 4, width // 2, width][:stages]
         stem = nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0], eps=1e-6))
-        self.downsample_layers = nn.ModuleList([stem])
-        for a, b in zip(widths, widths[1:]):
-            half = nn.Sequential(ChannelNorm(a, eps=1e-6), nn.Conv2d(a, b, 2, stride=2))
-            self.downsample_layers.append(half)
+        halves = [nn.Sequential(ChannelNorm(a, eps=1e-6), nn.Conv2d(a, b, 2, stride=2))
+                  for a, b in zip(widths, widths[1:])]
+        self.downsample_layers = nn.ModuleList([stem, *halves])
         self.stages = nn.ModuleList(nn.Sequential(*[ConvNeXtBlock(w) for _ in range(blocks)]) for w in widths)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -521,7 +522,7 @@ class LatentAttention(nn.Module):
             with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
                 x = F.scaled_dot_product_attention(q, k, v, attn_mask=log_k)
         else:
-            # On a CPU no fused kernel does, and the fallback keeps the scores twice.
+            # On a CPU none does, and torch's fallback keeps the scores twice.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # B h U V
             x = scores.add_(log_k).softmax(-1) @ v
         return self.gamma * self.exit(x.transpose(1, 2).flatten(2), receiver_codes)
@@ -537,7 +538,7 @@ def distance(a, b):
         return (1 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T).to(dtype)
 
 
-# Latents with a larger δ do not talk to each other. Random signatures have δ near 1, so few pairs do.
+# Latents with a larger δ do not talk to each other. Of random pairs (δ near 1; S = 64) a fifth do.
 TRUNCATION = 0.9
 
 
@@ -548,15 +549,12 @@ def log_kernel(delta, bandwidth, truncate=True, sample=0):
     """
     # A truncated pair sends no gradient to the signatures. The division of K by its sum over senders is left
     # out, because the softmax of the attention ignores a constant per row.
-    cut = delta.detach() > TRUNCATION if truncate else None
+    cut = (delta > TRUNCATION) & truncate
     if not sample:
-        logs = -delta / bandwidth
         # −1e30 (in training about −32, with noise) weighs 0 in the softmax. With −∞ a receiver with no pair
         # left would get NaN; this way it hears all senders alike.
-        return logs.masked_fill(cut, -1e30) if truncate else logs
-    kernel = torch.exp(-delta / bandwidth)
-    if truncate:
-        kernel = kernel.masked_fill(cut, 0.0)
+        return (-delta / bandwidth).masked_fill(cut, -1e30)
+    kernel = torch.exp(-delta / bandwidth).masked_fill(cut, 0.0)
     # A Bernoulli draw has no gradient; a relaxed one (temperature ½) has: log sigmoid((logit K + ℓ) / ½), ℓ
     # logistic. K is clamped to [ε, 1 − ε], because δ_uu can round below 0; a truncated pair gets logit(ε)/½.
     eps = torch.finfo(torch.float32).eps
@@ -577,9 +575,8 @@ class Propagator(nn.Module):
         """delta U V: the signatures' distances; None (tokens, which have no signature): no kernel."""
         # Two draws: a mediator's code is shaken differently as a receiver's and as a sender's.
         codes, sender_codes = self.jitter(codes), self.jitter(sender_codes)
-        log_k = None
-        if delta is not None:
-            log_k = log_kernel(delta, self.attention.bandwidth, sample=len(receivers) if self.training else 0)
+        sample = len(receivers) if self.training else 0
+        log_k = None if delta is None else log_kernel(delta, self.attention.bandwidth, sample=sample)
         x = receivers + self.drop_path(self.attention(receivers, senders, codes, sender_codes, log_k))
         return self.ffn(x, codes)
 
@@ -932,13 +929,12 @@ class ReadOutModule(nn.Module):
 def own_modules(nac):
     """The L modules of a NAC inside M, for distill.codes=own."""
     first, *later = nac.propagators
-    mediators = nac.mediator_latents
+    inputs, mediators, outputs = nac.input_latents, nac.mediator_latents, nac.output_latents
     # The mediators' codes are also those of tokens in later modules, so no module trains them.
-    middle = [FirstPropagatorModule(first, TokenCodes(nac.input_latents.codes),
-                                    OwnLatents(nac, mediators, learn=False))]
-    middle += [PropagatorModule(propagator, TokenCodes(mediators.codes)) for propagator in later]
-    return [ReadInModule(nac, OwnLatents(nac, nac.input_latents)), *middle,
-            ReadOutModule(nac, OwnLatents(nac, nac.output_latents), TokenCodes(mediators.codes))]
+    return [ReadInModule(nac, OwnLatents(nac, inputs)),
+            FirstPropagatorModule(first, TokenCodes(inputs.codes), OwnLatents(nac, mediators, learn=False)),
+            *(PropagatorModule(propagator, TokenCodes(mediators.codes)) for propagator in later),
+            ReadOutModule(nac, OwnLatents(nac, outputs), TokenCodes(mediators.codes))]
 
 
 def original_modules(nac):
@@ -991,12 +987,12 @@ def cut(model, config, role):
         torch.manual_seed(config["seed"])
         parts = NAC_MODULES[config["distill"]["codes"]](model) if isinstance(model, NAC) else model.parts
         pairs = [new_stitches(model, config) for _ in parts[1:]]
-    if role == "student" and config["assemble"]["stitches"] == "fold":
+    if config["assemble"]["stitches"] == "fold":
         if not all(isinstance(layer, nn.Linear) for pair in pairs for layer in pair):
             raise UserError("assemble.stitches=fold needs stitches of one nn.Linear each: use drop or keep.")
     pre = [nn.Identity()] + [pair.pre for pair in pairs]
     post = [pair.post for pair in pairs] + [nn.Identity()]
-    return [Stitched(*three) for three in zip(parts, pre, post)]
+    return list(map(Stitched, parts, pre, post))
 
 
 @torch.no_grad()
@@ -1095,8 +1091,7 @@ def set_drop_path(model, rate, by_module=False):
     by_module: over each module's blocks, as in m2mKD.
     """
     if isinstance(model, NAC):
-        set_rates(model.propagators, rate, rate)
-        return
+        return set_rates(model.propagators, rate, rate)
     for part in model.parts if by_module else [model]:
         set_rates(part.blocks, 0, rate)
 
@@ -1138,7 +1133,7 @@ class ViTKeys:
     init_std: Annotated[float, 1e-6, 10] = 0.02  # of the weights; .02 suits widths from 200, .1 those near 64
     expert_std: Annotated[float, 1e-9, 10] | None = None  # of the experts' weights; null: init_std
     experts: int = 0  # 0: a plain MLP
-    top_k: Count = 2  # experts that a token goes to
+    top_k: Count = 2  # experts that a token goes to; with 1 (a gate of 1) only `balance` trains the router
     moe_blocks: list[int] | None = None  # which blocks have experts; null: all
     balance: float = 0.0  # weight of V-MoE's importance + load loss; .01 in V-MoE, 0 in m2mKD
     capacity: float = 0.0  # V-MoE's capacity factor in training; 0: no limit
@@ -1185,7 +1180,7 @@ class TrainKeys:
     betas: tuple[Annotated[float, 0, 0.9999], Annotated[float, 0, 0.9999]] = [0.9, 0.999]  # AdamW's
     weight_decay: float = 0.05  # AdamW's, on matrices
     decay_all: bool = False  # also 1-d parameters and embeddings (the NAC's fine-tuning)
-    drop_path: Annotated[float, 0, 0.99] = 0.0  # stochastic depth: rate of the last block (of all, in a NAC)
+    drop_path: Annotated[float, 0, 0.99] = 0.0  # stochastic depth: the last of several blocks (NAC: all)
     clip: float = 0.0  # gradient norm; 0: none
     images: tuple[int, int] | None = None  # [first, stop) of the shuffled training images; null: all
     passes: Annotated[int, 1, 10**6] = 1  # how often an epoch goes over its images
@@ -1557,7 +1552,7 @@ def files(config, name):
 
 
 def stages(config, goals=("student", "baseline")):
-    """The stages that are still to be made for the goals, in order. What only a finished one needs is not."""
+    """The stages still to be made for the goals, in order. What only finished ones need is left out."""
     wanted, missing = {*goals}, []
     # Backwards, because a stage's parents stand before it.
     for name in reversed(STAGES):
@@ -1606,7 +1601,7 @@ def compare(old, new, path, config):
     share = own[0] if len(own) == 1 else f"[{','.join(own)}]"
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
-            before, now = (reprlib.repr(settings.get(key)) for settings in (old, new))
+            before, now = (reprlib.repr(one.get(key)) for one in (old, new))
             if key in ("data.class_names", "data.checksum"):
                 raise UserError(f"{path} was made from other images than those of data.root="
                                 f"{config['data']['root']}: {key} was {before}, now it is {now}. Use a new "
@@ -1921,8 +1916,7 @@ class Stage:
                 **log_extras(self.modules[i])}
 
     def print_epoch(self, lines, seconds):
-        losses = [line["loss"] for line in lines]
-        digits = 1
+        losses, digits = [line["loss"] for line in lines], 1
         if len(lines) > 4:  # of many modules the mean loss, and whole per cents
             losses, digits = [sum(losses) / len(losses)], 0
         of = f"modules {' '.join(map(str, self.modules))}  " if 1 < len(lines) < 5 else ""
@@ -2030,7 +2024,7 @@ def schedule(config, name):
 def optimizer(module, c):
     """AdamW over a module's trainable parameters; `c` is a stage's block of the config.
 
-    Only matrices and a NAC's codes and signatures decay: no biases (of experts neither), gains, class token
+    Only weights and a NAC's codes, signatures and grid decay: no biases (nor experts'), gains, class token
     and position embedding. With decay_all everything does.
     """
     groups = {True: [], False: []}
@@ -2045,13 +2039,14 @@ def optimizer(module, c):
 def learning_rate(step, steps_per_epoch, c, total_batch):
     """Linear warm-up from 1e-6, then a cosine to the minimum: a function of the optimizer step alone."""
     scale = total_batch / 512
-    peak, low = c["lr"] * scale, c["min_lr"] * (scale if c["scale_min_lr"] else 1)
+    peak = c["lr"] * scale
+    low = min(peak, c["min_lr"] * (scale if c["scale_min_lr"] else 1))
     warm, end = c["warmup"] * steps_per_epoch, c["epochs"] * steps_per_epoch
     if step < warm:
         return 1e-6 + (peak - 1e-6) * step / warm
     # lr = low + ½ (peak − low)(1 + cos π·t), t from 0 to 1
     t = (step - warm) / max(1, end - warm) if c["warmup_prefix"] else step / end
-    return min(peak, low) + 0.5 * max(0.0, peak - low) * (1 + math.cos(math.pi * t))
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * t))
 
 
 def autocast(config, device):

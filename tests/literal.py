@@ -171,16 +171,15 @@ def nac(m, images):
 
 def moe(m, x):
     """out = Σ_k g_k · expert_{e_k}(x), token by token; a full expert turns a token away. B N D -> B N D."""
-    tokens, out, E = x.flatten(0, 1), [], m.router.out_features
+    tokens, E = x.flatten(0, 1), m.router.out_features
     limited = m.training and m.capacity
     room = [math.ceil(m.capacity * len(tokens) * m.top_k / E) if limited else len(tokens)] * E
-    for t in tokens:
-        logits, chosen = (m.router.weight @ t + m.router.bias).topk(m.top_k)
-        y = torch.zeros_like(t)
-        for gate, e in zip(logits.softmax(-1), chosen.tolist()):
+    logits, chosen = (tokens @ m.router.weight.T + m.router.bias).topk(m.top_k)  # T k
+    gates, out = logits.softmax(-1), list(torch.zeros_like(tokens))
+    for k in range(m.top_k):  # all first choices before any second one
+        for t, e in enumerate(chosen[:, k].tolist()):
             if room[e]:
                 room[e] -= 1
-                hidden = F.gelu(m.fc1_weight[e] @ t + m.fc1_bias[e])
-                y = y + gate * (m.fc2_weight[e] @ hidden + m.fc2_bias[e])
-        out.append(y)
+                hidden = F.gelu(m.fc1_weight[e] @ tokens[t] + m.fc1_bias[e])
+                out[t] = out[t] + gates[t, k] * (m.fc2_weight[e] @ hidden + m.fc2_bias[e])
     return torch.stack(out).view_as(x)
