@@ -136,6 +136,7 @@ def agree(process, facts):
         for key in first | theirs:
             if first.get(key) != theirs.get(key):
                 here, there = reprlib.repr(first.get(key)), reprlib.repr(theirs.get(key))
+                close()
                 raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all need the "
                                 "same output_dir, data and code.")
 
@@ -486,8 +487,13 @@ def _split_folder(root, split, names):
     if not folder.is_dir():
         raise UserError(f"{root} has neither test/<class>/* nor val/<class>/* for the test accuracy.")
     if odd := sorted({*class_folders(folder)} ^ {*names}):
+        alike = ", some look alike: Unicode NFC, NFD" if len(nfc(odd)) < len(odd) else ""
         raise UserError(f"{folder} and {root / 'train'} must hold the same class folders, but only one of "
-                        f"them has {odd[0]!r} ({len(odd)} such); complete data.root or remove the folder.")
+                        f"them has {odd[0]!r} ({len(odd)} such{alike}); complete data.root or remove the "
+                        "folder.")
+    both = [{os.path.realpath(root / part / name) for name in names} for part in ("train", folder.name)]
+    if split != "train" and (twice := both[0] & both[1]):
+        raise UserError(f"{min(twice)} is a class folder of train/ and of {folder.name}/; remove the link.")
     return folder
 
 
@@ -521,7 +527,7 @@ def class_folders(folder):
                         "and set data.root to the folder above it.")
     if len(nfc(names)) < len(names):
         raise UserError(f"{folder} has class folders whose names look alike (Unicode NFC, NFD); join them.")
-    if loose := [entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES)]:
+    if loose := [one.path for one in entries if one.name.lower().endswith(SUFFIXES) and not one.is_dir()]:
         raise UserError(f"{loose[0]} is in no class ({len(loose)} such); move it into a class folder.")
     return names
 
@@ -679,7 +685,7 @@ def read_image(source):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except MemoryError:
-        raise
+        raise UserError(f"{source} takes more memory than there is; make it smaller or remove it.") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, …
         raise UserError(f"{source} is not a readable image ({error}); replace or remove it.") from None
 

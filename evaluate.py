@@ -30,19 +30,15 @@ def main():
     process = data.setup(config["device"])
     if args.image:
         role = ROLES[0] if args.role == "all" else args.role
-        found = models.paths(config, f"{role}.pt") or [models.needed(config, role, f"{role}.pt")]
-        return classify([os.path.expanduser(file) for file in args.image], found[0], process)
-    finished, problem = trained(config, args.role), None
-    if not Path(config["output_dir"], "config.yaml").exists():
-        models.begin(config, process)
+        own = Path(config["output_dir"], f"{role}.pt")  # its data may be gone
+        path = own if own.exists() else models.needed(config, role, f"{role}.pt")
+        return classify([os.path.expanduser(file) for file in args.image], path, process)
+    finished, problem = trained(config, args.role, process), None
     for role, path in finished.items():
         for result in evaluate(role, path, config, process):
             # At once, whatever happens to the next set. What cannot be kept is printed all the same.
-            try:
-                if process.rank == 0:
-                    keep(Path(config["output_dir"], "results.json"), result)
-            except (models.UserError, OSError) as e:
-                problem = e
+            if process.rank == 0:
+                problem = keep(Path(config["output_dir"], "results.json"), result) or problem
             # Of five classes or fewer every answer is among the best five.
             top5 = f", top-5 {result['top5']:.2f} %" if config["data"]["classes"] > 5 else ""
             models.say(process, f"{role}, {result['set']}: top-1 {result['top1']:.2f} %{top5} of "
@@ -51,12 +47,14 @@ def main():
         raise problem
 
 
-def trained(config, role):
-    """{role: path} of a finished model, or for `all` of those that are there, at least one."""
+def trained(config, role, process):
+    """{role: path} of a finished model, or for `all` of those that are there. Makes the run's folder."""
     roles = ROLES if role == "all" else [role]
     found = {one: models.finished(config, one, f"{one}.pt", evaluating=True) for one in roles}
     if not any(found.values()):
         models.needed(config, roles[0], f"{roles[0]}.pt")  # says what to do
+    if not Path(config["output_dir"], "config.yaml").exists():
+        models.begin(config, process)
     return {one: path for one, path in found.items() if path}
 
 
@@ -84,10 +82,10 @@ def evaluate(role, path, config, process):
         if not images.present.all():
             models.say(process, f"{name}: {images.present.sum()} of {len(images.present)} classes are "
                        "present; the model chooses among these only.")
-        known = {"images": len(images), "checksum": images.checksum()}
+        known = {"role": role, "set": name, "images": len(images), "checksum": images.checksum()}
         data.agree(process, known)
         top1, top5 = score(model, images, config, process)
-        yield {"role": role, "set": name, "top1": top1, "top5": top5, **known}
+        yield {**known, "top1": top1, "top5": top5}
 
 
 @torch.no_grad()
@@ -120,7 +118,7 @@ def classify(files, path, process):
 
 
 def keep(path, result):
-    """Adds a result to results.json, in place of an older one of the same role, set and number of images."""
+    """Adds a result to results.json, in place of one of its role, set and images -> an error if it fails."""
     key = ("role", "set", "images")
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -128,6 +126,8 @@ def keep(path, result):
             fcntl.flock(folder, fcntl.LOCK_EX)  # another evaluation of this run may add its own
         others = [r for r in read_results(path) if [r[k] for k in key] != [result[k] for k in key]]
         models.write(path, lambda file: file.write(json.dumps([*others, result], indent=1).encode()))
+    except (models.UserError, OSError) as e:
+        return e
     finally:
         os.close(folder)
 
@@ -143,7 +143,7 @@ def read_results(path):
             if r["role"] not in ROLES or type(r["set"]) is not str or not finite:
                 raise ValueError(f"one of its results is {r}")
         return results
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
         raise models.UserError(f"{path} cannot be read ({e!r}); remove it and evaluate again.") from None
 
 

@@ -1420,9 +1420,10 @@ def run(main):
     except KeyboardInterrupt:  # before there is anything to save
         sys.exit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        # torch's words for too little memory, compile=true without a compiler, a dead worker, a taken port
+        # torch's words for too little memory, no compiler, a dead worker, a taken port, another process's end
         text = " ".join(str(e).split()) or type(e).__name__
-        if isinstance(e, RuntimeError) and not re.search("alloc|compiler|DataLoader worker|socket", text):
+        known = "alloc|compiler|DataLoader worker|socket|peer"
+        if isinstance(e, RuntimeError) and not re.search(known, text):
             raise
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
@@ -1700,13 +1701,14 @@ def begin(config, process):
         write(path, lambda file: file.write(yaml.safe_dump(config, sort_keys=False).encode()))
 
 
-def save_finished(config, name, file, state, class_names=None, imported=None):
-    """Writes a stage's result: the weights and what it takes to use them."""
+def save_finished(config, name, file, state, class_names=None, imported=None, known=None):
+    """Writes a stage's result: the weights and what it takes to use them. known: its settings, if at hand."""
     path = Path(config["output_dir"], file)
     path.parent.mkdir(parents=True, exist_ok=True)
     # On the CPU, for machines without a GPU.
     state = {key: value.cpu() for key, value in check_finite(state, path).items()}
-    origin = {"imported": imported} if imported else {"settings": settings(config, name), "code": code()}
+    origin = {"settings": known or settings(config, name), "code": code()}
+    origin = {"imported": imported} if imported else origin
     content = {"model": state, "stage": name, **origin, "config": config, "class_names": class_names}
     write(path, lambda stream: torch.save(content, stream))
 
@@ -1714,8 +1716,8 @@ def save_finished(config, name, file, state, class_names=None, imported=None):
 @functools.cache
 def code():
     """A checksum of the six files. That other code made a result is said, and never a reason to refuse it."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return f"{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
+    names = sorted({"data.py", "evaluate.py", "models.py", *(script for script, *_ in STAGES.values())})
+    return f"{zlib.crc32(b''.join(Path(__file__).with_name(name).read_bytes() for name in names)):08x}"
 
 
 def say(process, text):
@@ -1758,14 +1760,17 @@ class Stage:
         self.steps = data.steps_per_epoch(len(images), c["batch"], process.world, c["accumulate"], c["block"])
         self.total_batch = c["batch"] * process.world * c["accumulate"]
         self.optimizers = {i: optimizer(module, c) for i, module in modules.items()}
-        self.settings = {**settings(config, name), "processes": process.world}
+        self.settings = settings(config, name)
         check_inputs(config)
         self.path = checkpoint_path(config, name, only)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = [self.path, *(Path(config["output_dir"], file) for file in files.values())]
         self.locks = {file: lock(file) for file in written} if process.rank == 0 else {}
+        if self.locks and any(finished(config, name, file) for file in files.values()):
+            raise UserError(f"{self.title} was finished by another job meanwhile: start again.")
         self.number = self.resume() if self.path.exists() else 0
-        data.agree(process, {**self.settings, "step": self.number, "code": code()})
+        facts = {"modules": [*modules], "step": self.number, "code": code()}
+        data.agree(process, self.settings | facts)
         begin(config, process)
         self.compiling = config["compile"]
         self.wrapped = {i: self.distributed(module) for i, module in modules.items()}
@@ -1800,9 +1805,9 @@ class Stage:
     def resume(self):
         """Loads an unfinished stage's checkpoint -> its step. Raises UserError on other settings."""
         saved = read(self.path, whole=self.process.rank == 0)
-        if "processes" not in saved.get("settings", {}):
+        if "processes" not in saved:
             raise UserError(f"{self.path} is no checkpoint of an unfinished stage; remove it.")
-        if (before := saved["settings"]["processes"]) != self.process.world:
+        if (before := saved["processes"]) != self.process.world:
             raise UserError(f"processes was {before} when {self.path} was begun, now it is "
                             f"{self.process.world}: go on with as many as before, or remove it.")
         compare(saved["settings"], self.settings, self.path, self.config)
@@ -1935,7 +1940,8 @@ class Stage:
             # A gradient's square may overflow; its parameter would never move again.
             check_finite(flatten(adamw), f"{place}, AdamW")
         if self.process.rank == 0:
-            content = {"settings": self.settings, "code": code(), "number": self.number,
+            content = {"settings": self.settings, "processes": self.process.world, "code": code(),
+                       "number": self.number,
                        "modules": {i: module.state_dict() for i, module in self.modules.items()},
                        "optimizers": {i: adamw.state_dict() for i, adamw in self.optimizers.items()}}
             write(self.path, lambda file: torch.save(content, file))
@@ -1953,7 +1959,7 @@ class Stage:
         if self.process.rank == 0:
             for i, file in self.files.items():
                 save_finished(self.config, self.name, file, self.modules[i].state_dict(),
-                              self.images.class_names)
+                              self.images.class_names, known=self.settings)
             self.path.unlink(missing_ok=True)
         for file, held in self.locks.items():
             file.with_suffix(".lock").unlink(missing_ok=True)
@@ -1969,8 +1975,10 @@ def skip(config, process, name, only=None):
     """Says that a stage is finished, and removes a checkpoint that a kill has left."""
     if not name.startswith("assemble"):  # which one process does
         data.agree(process, {"step": "the last"})
-    if process.rank == 0:
-        checkpoint_path(config, name, only).unlink(missing_ok=True)
+    own = Path(config["output_dir"], files(config, name)[only or 0])
+    if process.rank == 0 and own.exists():  # a shared result is no reason to lose an own beginning
+        with contextlib.suppress(OSError):
+            checkpoint_path(config, name, only).unlink()
     announce(process, f"{TITLES.get(name, name)}: finished; skipped{by_other_code(config, name)}")
 
 

@@ -5,10 +5,9 @@
     python tools/convert.py --config C student_modules=FOLDER        student_modules/0.pt …; assembly is next
     python tools/convert.py --config C student_assembled=nac.pth     a whole student; fine-tuning is next
     python tools/convert.py --config C student_upcycled=vit.pt       the same, a V-MoE from a ViT of its shape
-    python tools/convert.py --config C meta=a.pth#model_ema student=b.pt teacher_modules=FOLDER
 
-docs/weights.md lists the formats. FILE#KEY is an entry of a file, such as EMA weights. A folder has a file
-for each module; meta, teacher and teacher_assembled take one, too. Nothing in a file is executed.
+docs/weights.md lists the formats. deit.pth#model_ema is an entry of a file. A folder has a file for each
+module; meta, teacher and teacher_assembled take one, too. Nothing in a file is executed.
 """
 
 import argparse

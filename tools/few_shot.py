@@ -3,7 +3,6 @@
     python tools/few_shot.py --config configs/demo_nac.yaml               the student, on few_shot.root
     python tools/few_shot.py --config configs/demo_nac.yaml role=all      all finished models
     python tools/few_shot.py --config … few_shot.root=data/cub few_shot.shots=[1,5]
-    torchrun --nproc_per_node=8 tools/few_shot.py --config …
 
 few_shot.root is a folder (<class>/* in its test/, its val/ or itself) or an .npz (its test split). In an
 episode a linear classifier learns from the frozen model's features of `shots` images of each of `ways`
@@ -28,9 +27,9 @@ def main():
     few, images, process = config["few_shot"], few_shot_set(config), data.setup(config["device"])
     results = Path(config["output_dir"], "results.json")
     stem = Path(few["root"]).absolute().name.removesuffix(".npz")
-    if process.rank == 0 and not results.with_name("config.yaml").exists():
-        models.begin(config, process)
-    for role, path in evaluate.trained(config, words.role).items():
+    finished, problem = evaluate.trained(config, words.role, process), None
+    for role, path in finished.items():
+        data.agree(process, {"role": role, "images": len(images), "checksum": images.checksum()})
         model = models.load(path).to(process.device)
         if known := {*model.class_names} & {*images.class_names}:
             models.say(process, f"{role} was trained on {len(known)} of these classes, such as {min(known)}.")
@@ -45,10 +44,13 @@ def main():
             # 95 % interval of the mean: ± 1.96 σ / √episodes, about the draw of episodes, not about training
             ci95 = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
             name = f"few-shot {stem} {shots}-shot {few['ways']}-way"
-            models.say(process, f"{role}, {name}: top-1 {top1:.2f} ± {ci95:.2f} % of {len(images):,} images")
+            result = {"role": role, "set": name, "top1": top1, "top5": top5, "ci95": ci95,
+                      "images": len(images), "episodes": len(accuracy)}
             if process.rank == 0:
-                evaluate.keep(results, {"role": role, "set": name, "top1": top1, "top5": top5, "ci95": ci95,
-                                        "images": len(images), "episodes": len(accuracy)})
+                problem = evaluate.keep(results, result) or problem
+            models.say(process, f"{role}, {name}: top-1 {top1:.2f} ± {ci95:.2f} % of {len(images):,} images")
+    if problem:
+        raise problem
 
 
 def few_shot_set(config):

@@ -62,6 +62,9 @@ def main():
     if len(words.runs) > 1 and not words.out:
         raise data.UserError("These pictures are of several runs: say with out=FOLDER where they go.")
     runs = [report.Run(Path(folder)) for folder in words.runs]
+    for i, run in enumerate(runs):
+        for other in runs[:i]:
+            run.check_beside(other)
     plt.rcParams["text.parse_math"] = False  # a run's or a class's name may hold a $
     for draw in (curves, cost, length, circuit, experts, contact) if runs else ():
         path = Path(words.out or Path(words.runs[0], "figures"), f"{draw.__name__}.png")

@@ -231,8 +231,7 @@ def tiny_imagenet(out, folder):
     data.read_folders(folder / "train", names, names)  # refuses what is empty or cannot be read
     lines = (folder / "val/val_annotations.txt").read_text().splitlines()
     classes = dict(line.split()[:2] for line in lines)
-    odd = {path.name for path in flat.glob("[!.]*")} ^ classes.keys() or {*classes.values()} ^ {*names}
-    if odd:
+    if odd := {path.name for path in flat.glob("[!.]*")} ^ classes.keys() or {*classes.values()} ^ {*names}:
         raise ValueError(f"val/ is odd at {min(odd)}; a val/ that is sorted by class needs no preparation")
     images = [(f"val/{name}/{file}", flat / file) for file, name in classes.items()]
     save_folder(out, [("train", folder / "train"), *images])

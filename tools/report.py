@@ -66,7 +66,7 @@ class Run:
         self.sets = {r["set"]: (r["images"], r.get("checksum")) for r in known}
         self.scores = {}
         for r in results:
-            if r["images"] == self.sets[r["set"]][0]:  # else only a part of the set was looked at
+            if (r["images"], r.get("checksum")) == self.sets[r["set"]]:  # else a part or other images
                 self.scores.setdefault(r["role"], {})[r["set"]] = r["top1"]
         # The config, and what the finished files know beside it: the data and what was imported.
         self.settings, self.known = models.flatten(self.config), {}
@@ -126,14 +126,14 @@ class Run:
             return None
         if name.startswith("assemble") or not models.schedule(self.config, name)["epochs"]:
             return 0
-        # What this run made itself, or has begun, is in its own log.
-        for folder in (self.folder, self.find(name)[0] or self.folder):
-            if lines := [line for line in read_log(folder) if line["stage"] == name]:
-                # Runs that differ in these keys alone cost the same, and are counted once.
-                config = json.dumps({**self.config, "seed": 0, "output_dir": "", "share": None})
-                return sum(line["images"] / len(line["modules"]) / 1e12
-                           * per_image(config, name, tuple(line["modules"])) for line in lines)
-        return None
+        # A stage that was made anew may have lines of more epochs or modules.
+        epochs, places = models.schedule(self.config, name)["epochs"], range(models.modules_of(self.config))
+        lines = [line for line in read_log(self.find(name)[0] or self.folder) if line["stage"] == name
+                 and line["epoch"] <= epochs and {*line["modules"]} <= {name, *places}]
+        # Runs that differ in these keys alone cost the same, and are counted once.
+        config = json.dumps({**self.config, "seed": 0, "output_dir": "", "share": None})
+        return sum(line["images"] / len(line["modules"]) / 1e12
+                   * per_image(config, name, tuple(line["modules"])) for line in lines) if lines else None
 
 
 @functools.cache
