@@ -128,15 +128,18 @@ experts() {
   done; done
 }
 
-# results.md, "Ten modules"
+# results.md, "More modules"
 depth() {
-  local seed kind base shared epochs lengths
-  for seed in 60 61 62; do for kind in nac vmoe; do
-    base=runs/deep_$kind-s$seed
-    shared="--config configs/deep_$kind.yaml seed=$seed"
+  local seed shape base shared epochs lengths
+  for seed in 60 61 62; do for shape in six_nac deep_nac deep_vmoe; do
+    base=runs/$shape-s$seed
+    shared="--config configs/deep_${shape#*_}.yaml seed=$seed"
+    if [ $shape = six_nac ]; then
+      shared="$shared meta.depths=[1,1,1,1,1,1] teacher.depths=[2,2,2,2,2,2] student.propagators=4"
+    fi
     meta_and_teacher $shared output_dir=$base
     stage distill_module.py $shared output_dir=$base
-    case $kind in nac) lengths="3 12 24";; vmoe) lengths="8 32";; esac
+    case $shape in *nac) lengths="3 12 24";; *vmoe) lengths="8 32";; esac
     for epochs in $lengths; do
       student $shared share=$base output_dir=$base-f$epochs train.student.epochs=$epochs
       whole $shared share=$base output_dir=$base-b$epochs role=baseline train.baseline_epochs=$epochs
@@ -427,7 +430,7 @@ section           about, on one CPU core
 glyphs            7 hours       m2mKD against its baselines on glyphs, and for other lengths
 gpu               40 minutes    the demos on a GPU (the time is of one GPU and one core)
 experts           1.5 hours     a V-MoE whose experts start almost at zero, as the original's
-depth             3 hours       ten modules of a NAC; four modules of three blocks of a V-MoE
+depth             4 hours       six and ten modules of a NAC; four modules of three blocks of a V-MoE
 upcycling         20 minutes    a V-MoE from a dense ViT, against the one of glyphs
 transfer          30 minutes    from glyphs to other letters; needs glyphs
 fashion           2 hours       m2mKD against its baselines on Fashion-MNIST
