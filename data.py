@@ -327,7 +327,7 @@ def train_batches(imageset, config, stage, epoch, process, start_step=0):
     else:
         requests = ([(order[p], repr((*key, p))) for p in positions[m].tolist()] for m in batches)
         views = _read(imageset, requests, options, process.device)
-    # At once, because a copy makes the GPU wait
+    # At once, because a copy makes the GPU wait.
     labels = imageset.labels[order[positions]].to(process.device)
     for m, images in zip(batches, views):
         images = normalize(images, options)
@@ -491,9 +491,11 @@ def _split_folder(root, split, names):
         raise UserError(f"{folder} and {root / 'train'} must hold the same class folders, but only one of "
                         f"them has {odd[0]!r} ({len(odd)} such{alike}); complete data.root or remove the "
                         "folder.")
-    both = [{os.path.realpath(root / part / name) for name in names} for part in ("train", folder.name)]
-    if split != "train" and (twice := both[0] & both[1]):
-        raise UserError(f"{min(twice)} is a class folder of train/ and of {folder.name}/; remove the link.")
+    if split != "train":
+        own, train = ({os.path.realpath(part / name) for name in names} for part in (folder, root / "train"))
+        if own & train:
+            raise UserError(f"{min(own & train)} is a class folder of train/ and of {folder.name}/; remove "
+                            "the link.")
     return folder
 
 

@@ -1707,8 +1707,9 @@ def save_finished(config, name, file, state, class_names=None, imported=None, kn
     path.parent.mkdir(parents=True, exist_ok=True)
     # On the CPU, for machines without a GPU.
     state = {key: value.cpu() for key, value in check_finite(state, path).items()}
-    origin = {"settings": known or settings(config, name), "code": code()}
-    origin = {"imported": imported} if imported else origin
+    origin = {"imported": imported}
+    if not imported:
+        origin = {"settings": known or settings(config, name), "code": code()}
     content = {"model": state, "stage": name, **origin, "config": config, "class_names": class_names}
     write(path, lambda stream: torch.save(content, stream))
 
