@@ -549,12 +549,15 @@ def log_kernel(delta, bandwidth, truncate=True, sample=0):
     """
     # A truncated pair sends no gradient to the signatures. The division of K by its sum over senders is left
     # out, because the softmax of the attention ignores a constant per row.
-    cut = (delta > TRUNCATION) & truncate
+    cut = delta > TRUNCATION if truncate else None
     if not sample:
+        logs = -delta / bandwidth
         # −1e30 (in training about −32, with noise) weighs 0 in the softmax. With −∞ a receiver with no pair
         # left would get NaN; this way it hears all senders alike.
-        return (-delta / bandwidth).masked_fill(cut, -1e30)
-    kernel = torch.exp(-delta / bandwidth).masked_fill(cut, 0.0)
+        return logs.masked_fill(cut, -1e30) if truncate else logs
+    kernel = torch.exp(-delta / bandwidth)
+    if truncate:
+        kernel = kernel.masked_fill(cut, 0.0)
     # A Bernoulli draw has no gradient; a relaxed one (temperature ½) has: log sigmoid((logit K + ℓ) / ½), ℓ
     # logistic. K is clamped to [ε, 1 − ε], because δ_uu can round below 0; a truncated pair gets logit(ε)/½.
     eps = torch.finfo(torch.float32).eps

@@ -76,6 +76,15 @@ def save_image(path, color=(10, 200, 30), size=(8, 8)):
     Image.new("RGB", size, color).save(path)
 
 
+def write_folder(root, parts=("train", "val"), classes="ab", count=2):
+    """Writes <part>/<class>/<number>.png, each with a color of its own -> root."""
+    for part in parts:
+        for k, name in enumerate(classes):
+            for i in range(count):
+                save_image(root / part / name / f"{i}.png", (40 * k, 10 * i, len(part)))
+    return root
+
+
 def write_npz(path, seed=0, classes="abcd", train=20, test=8, size=8, **more):
     """Writes an .npz of random images -> its path. `more`: other arrays; one that is None is left out."""
     rng, arrays = np.random.default_rng(seed), {"class_names": np.array(list(classes))}
@@ -99,6 +108,11 @@ def glyphs(tmp_path_factory):
 def fixture(name):
     """What the original's code computed, and its weights (tests/fixtures)."""
     return torch.load(Path(__file__).parent / f"fixtures/{name}.pt", weights_only=True)
+
+
+class Trap:  # unpickled, it would run a command
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
 
 
 @pytest.fixture(autouse=True)

@@ -154,11 +154,7 @@ BAD_OVERRIDES = [
 ]
 
 
-def brief(value):
-    return None if isinstance(value, list) else ascii(value)[:40]
-
-
-@pytest.mark.parametrize("words, names", BAD_OVERRIDES, ids=brief)
+@pytest.mark.parametrize("words, names", BAD_OVERRIDES, ids=lambda words: ascii(words)[:40])
 def test_a_bad_override_is_one_sentence(words, names):
     refused(names, *([words] if isinstance(words, str) else words))
 
@@ -232,7 +228,6 @@ def test_classes_are_counted_unless_they_are_given(glyphs):
         data.load(models.load_config("c.yaml", words), "test")
 
 
-COUNTS = [300, pytest.param(3000, marks=pytest.mark.slow)]
 VALUES = [
     "2147483647", "1000000", "1000", "", "0", "1", "-1", "2", "3", "7", "0.5", "-0.5", "1e-3", "1e308",
     "-1e308", "1e999", "10" * 200, ".nan", ".inf", "true", "null", "~", "[]", "[1]", "[1, 2]", "[1, 1, 1]",
@@ -253,7 +248,7 @@ def mutate(text, rng):
     return text
 
 
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
 def test_no_mutation_of_configs_or_overrides_gives_a_traceback(here, count):
     """Each is read and checked, and every model is built, on no memory."""
     rng, good = random.Random(1), 0

@@ -17,7 +17,7 @@ import yaml
 
 import data
 import models
-from conftest import fixture, one_sentence, run_main, write_npz
+from conftest import Trap, fixture, one_sentence, run_main, write_npz
 from tools import convert
 
 CLASSES = 5
@@ -63,7 +63,6 @@ def modules(state, depths=(1, 1, 1, 1)):
 
 
 # ---------- Runs
-
 
 VIT = dict(patch=4, width=24, heads=3, depths=[1, 1, 1, 1])
 VMOE = dict(VIT, kind="vmoe", width=12, heads=2, experts=4)
@@ -203,15 +202,10 @@ def test_safetensors_are_read_where_the_package_is(tmp_path, bring):
     assert same(weights(tmp_path / "run/teacher.pt"), state)
 
 
-class Evil:
-    def __reduce__(self):
-        return os.system, ("touch pwned",)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_that_would_run_code_is_refused_by_the_name_of_its_type(tmp_path, bring, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": small(), "x": Evil()}, "w.pth", _use_new_zipfile_serialization=zipped)
+    torch.save({"model": small(), "x": Trap()}, "w.pth", _use_new_zipfile_serialization=zipped)
     text = bring(config_file(tmp_path), "teacher=w.pth", expect=2)
     assert "system, which could run code" in text and "weights_only" not in text and "\x1b" not in text, text
     assert not (tmp_path / "pwned").exists()
@@ -371,17 +365,7 @@ def test_other_files_beside_the_modules_are_no_modules_and_two_of_a_number_are_r
 
 WRAPPER = {"model_stages": [{}], "optimizer": {"state": {}}, "lr_scheduler": {"base_lrs": [0.1]}, "epoch": 99,
            "scaler": {}}
-ORIGINAL = {"student": dict(NAC, propagators=1), "meta": THREE, "distill": {"codes": "original"}}
-
-
-def nac_modules(folder):
-    """The NAC's modules as released -> their state dicts."""
-    students = fixture("m2mkd_nac")["students"]
-    names = {"read_in": "ReadInStudent", "mediator": "MediatorStudent_1", "read_out": "ReadOutStudent"}
-    folder.mkdir()
-    for key, name in names.items():
-        torch.save({"model": students[key]["state_dict"], **WRAPPER}, folder / f"{name}.pth")
-    return [students[key]["state_dict"] for key in names]
+RELEASED = {"read_in": "ReadInStudent", "mediator": "MediatorStudent_1", "read_out": "ReadOutStudent"}
 
 
 def stages(path, *words):
@@ -390,8 +374,12 @@ def stages(path, *words):
 
 @pytest.mark.parametrize("stitches", ["drop", "keep", "fold"])
 def test_the_released_nac_modules_are_assembled_fine_tuned_and_scored(tmp_path, bring, run, stitches):
-    states = nac_modules(tmp_path / "modules")
-    path = config_file(tmp_path, **ORIGINAL, assemble={"stitches": stitches, "graph_groups": 2})
+    states = [fixture("m2mkd_nac")["students"][key]["state_dict"] for key in RELEASED]
+    (tmp_path / "modules").mkdir()
+    for state, name in zip(states, RELEASED.values()):
+        torch.save({"model": state, **WRAPPER}, tmp_path / f"modules/{name}.pth")
+    path = config_file(tmp_path, dict(NAC, propagators=1), THREE, distill={"codes": "original"},
+                       assemble={"stitches": stitches, "graph_groups": 2})
     text = bring(path, "distill.codes=own", f"student_modules={tmp_path}/modules", expect=2)
     assert "ReadInStudent.pth lacks the tensor body.latents.codes (6, 16)" in text
     text = bring(path, f"student_modules={tmp_path}/modules")

@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 import data
-from conftest import ROOT, save_image, shell, write_npz
+from conftest import ROOT, save_image, shell, write_folder, write_npz
 from data import UserError
 
 CPU = torch.device("cpu")
@@ -55,15 +54,6 @@ def rows(images):
 
 
 # ---------- 1 Sets
-
-
-def write_folder(root, parts=("train", "val"), classes="ab", count=2):
-    """Writes <part>/<class>/<number>.png, each with a color of its own -> root."""
-    for part in parts:
-        for k, name in enumerate(classes):
-            for i in range(count):
-                save_image(root / part / name / f"{i}.png", (40 * k, 10 * i, len(part)))
-    return root
 
 
 @pytest.mark.parametrize("pool, held_out", [(4, 1), (60, 6), (12_345, 1000)])
@@ -167,11 +157,11 @@ def test_a_set_that_is_not_there_names_the_command_that_makes_it(tmp_path, monke
 
 
 def test_image_folders_are_labeled_by_sorted_name(tmp_path):
-    write_folder(tmp_path, ["train"], ["n03", "n01", "n02"], 3)
-    write_folder(tmp_path, ["val"], ["n02", "n03", "n01"])
+    write_folder(tmp_path, ["train"], ["n3.png", "n1", "n2"], 3)
+    write_folder(tmp_path, ["val"], ["n2", "n3.png", "n1"])
     config = make_config(tmp_path)
     train, validation, test = (data.load(config, split) for split in ("train", "validation", "test"))
-    assert test.class_names == ["n01", "n02", "n03"] and test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert test.class_names == ["n1", "n2", "n3.png"] and test.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert [file.split("/")[-2] for file in test.files] == [test.class_names[k] for k in test.labels]
     assert len(train) == 8 and len(validation) == 1 and len(set(train.files) | set(validation.files)) == 9
     save_image(tmp_path / "test" / "0.png")  # ImageNet's own test/ has no labels
@@ -217,6 +207,12 @@ FOLDERS = {  # what is odd: (change, what the sentence must say, or None where i
     "no test": (lambda root: shutil.rmtree(root / "val"), "neither test/<class>/\\* nor val/<class>/\\*"),
     "a test class short": (lambda root: shutil.rmtree(root / "val/b"), "val holds 1 class folders"),
     "another test class": (lambda root: os.rename(root / "val/b", root / "val/c"), "only one of .* has 'b'"),
+    "a test that is val": (linked("test", "val"), None),
+    "a test that is train": (linked("test", "train"), "train/a is a class folder of train/ and of test/"),
+    "a class of train": (lambda root: (shutil.rmtree(root / "val/b"), linked("val/b", "../train/b")(root)),
+                         "train/b is a class folder of train/ and of val/"),
+    "a look-alike": (lambda root: (save_image(root / "train/caf\u00e9/0.png"),
+                                   save_image(root / "val/cafe\u0301/0.png")), "has .*, some look alike"),
     "an empty class": (lambda root: (root / "train/z").mkdir(), "train/z holds no images"),
     "a lost image": (linked("train/a/7.png", "none.png"), "a/7.png is a link to something that is not there"),
     "a lost class": (linked("train/c", "../none"), "train/c is a link to something that is not there"),
@@ -238,7 +234,7 @@ def test_a_wrong_folder_is_refused_by_name_and_no_link_adds_an_image(tmp_path, w
     data._listing.cache_clear()
     change(tmp_path / "set")
     if words is None:
-        assert data.load(config, "train").files == before
+        assert data.load(config, "train").files == before and len(data.load(config, "test")) == 4
         return
     with pytest.raises(UserError, match=words):
         for split in ("train", "test"):
@@ -540,8 +536,8 @@ def test_a_long_thin_image_takes_little_memory(tmp_path):
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
             "before, view = peak(), data.view(image, {'image_size': 224}, None)\n"
             "print(view.shape == (224, 224, 3), peak() - before < 50_000)")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "thin.png"], cwd=ROOT, capture_output=True)
-    assert done.stdout == b"True True\n", done
+    done = shell(sys.executable, "-c", code, tmp_path / "thin.png", cwd=ROOT)
+    assert done.stdout == "True True\n", done
 
 
 def test_a_tree_of_many_classes_is_listed_once(tmp_path, monkeypatch):

@@ -83,21 +83,15 @@ def test_every_command_of_reproduce_sh_has_a_config_that_is_accepted(tmp_path):
         check_command(words)
 
 
-def read_results():
-    """docs/results.csv -> {(run, role, set): {seed: top-1}}"""
-    results = {}
-    for line in (ROOT / "docs/results.csv").read_text().splitlines()[1:]:
-        run, seed, role, name, top1 = line.split(",")
-        results.setdefault((run, role, name), {})[seed] = float(top1)
-    return results
-
-
 def figure(values):
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def test_the_figures_of_readme_and_configs_are_those_of_results_csv():
-    results = read_results()
+    results = {}  # (run, role, set): {seed: top-1}
+    for line in (ROOT / "docs/results.csv").read_text().splitlines()[1:]:
+        run, seed, role, name, top1 = line.split(",")
+        results.setdefault((run, role, name), {})[seed] = float(top1)
     known = {figure(seeds.values()) for seeds in results.values() if len(seeds) > 1}
     # Of ten seeds, the first five are those of the tables.
     known |= {figure([*seeds.values()][:5]) for seeds in results.values() if len(seeds) == 10}

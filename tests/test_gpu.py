@@ -104,10 +104,9 @@ def test_a_training_step_waits_for_nothing(tmp_path, student):
     *(pytest.param(student, "true", marks=pytest.mark.slow) for student in STUDENTS)])
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, student, compiled):
     """Each stage is stopped after its second epoch by SIGTERM, and started again."""
-    names = ("broken", "unbroken")
-    paths = {name: write_config(tmp_path / name, student) for name in names}
+    paths = {name: write_config(tmp_path / name, student) for name in ("broken", "unbroken")}
     for script, role in (PIPELINE[0], PIPELINE[4], PIPELINE[7]):
-        for name in names:
+        for name in paths:
             line = [sys.executable, f"{script}.py", "--config", paths[name], f"role={role}", "device=cuda",
                     "train.*.epochs=4", "distill.alpha=0", f"compile={compiled}"]
             if name == "broken":
@@ -116,5 +115,5 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, student, compiled):
             assert (done := shell(*line, env=GPU, timeout=900)).returncode == 0, done
             assert ("resumed at step" in done.stdout) == (name == "broken")
     for file in ("meta.pt", "baseline.pt", *(f"student_modules/{i}.pt" for i in range(3))):
-        broken, unbroken = (weights(tmp_path / name / "run" / file) for name in names)
+        broken, unbroken = (weights(tmp_path / name / "run" / file) for name in paths)
         assert torch.equal(broken, unbroken), file

@@ -283,9 +283,8 @@ def test_balance_loss_is_off_by_default_and_in_evaluation():
 def test_modules_composed_are_the_whole(moe):
     torch.manual_seed(0)
     model = models.ViT(16, 4, 8, 2, depths=[1, 2, 1], classes=3, moe=moe, moe_blocks=[1, 3]).eval()
-    images, logits = torch.randn(2, 3, 16, 16), None
+    x = images = torch.randn(2, 3, 16, 16)
     logits = model(images)
-    x = images
     for part in model.parts:
         x = part(x)
     assert torch.equal(x, logits) and x.shape == (2, 3)
@@ -413,7 +412,6 @@ def test_no_noise_on_a_fixed_code(tmp_path):
 
 
 # ---------- Losses
-
 
 #                       teacher (½, ½), student (¾, ¼): KL = ½ ln(2/3) + ½ ln 2 = .143841; sum · τ² = 1.098612
 TEACHER = torch.tensor([[2 * LN3, 0.0], [0.0, 0.0]])

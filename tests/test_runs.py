@@ -170,13 +170,14 @@ def run(script, path, *words, before=None, expect=0):
 
 
 def start_processes(world, script, path, *words, before=None):
-    """Starts `world` processes of one group; before(rank) runs first in each."""
+    """Starts `world` processes of one group; before(rank) runs first in each. A list has a path for each."""
+    paths = path if isinstance(path, list) else [path] * world
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     return [start(script, path, *words, before=(lambda r=rank: before(r)) if before else None, rank=rank,
-                  env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+                  env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank, path in enumerate(paths)]
 
 
 def run_processes(world, script, path, *words, before=None, expect=0, seconds=60):
@@ -193,7 +194,6 @@ CASES = [("vmoe", "finetune", "meta"), ("vmoe", "distill_module", "student"),
          pytest.param("vmoe", "finetune", "student", marks=pytest.mark.slow)]
 every_case = pytest.mark.parametrize("done, script, role", CASES, indirect=["done"])
 vmoe_only = pytest.mark.parametrize("done", ["vmoe"], indirect=True)
-nac_only = pytest.mark.parametrize("done", ["nac"], indirect=True)
 
 DONE = {}  # student -> its finished run
 
@@ -400,6 +400,9 @@ def test_image_prints_the_five_best_classes_of_each_file_best_first(tmp_path):
         shares = [float(p) for _, p in pairs]
         assert shares == sorted(shares, reverse=True) and sum(shares) < 100
     assert "none.png" in one_sentence(run("evaluate", path, "image=none.png", "role=meta", expect=2))
+    # A shared model of other settings (two epochs) is not this run's.
+    words = ["role=meta", f"output_dir={tmp_path}/own", f"share={tmp_path}/run"]
+    assert "own/meta.pt is not there yet" in one_sentence(run("evaluate", path, *files, *words, expect=2))
 
 
 def plan(path, *words, goals=("student", "baseline")):
@@ -422,9 +425,7 @@ def test_what_is_to_be_made_is_found_by_walking_back_from_the_goals(tmp_path):
             keys = models.settings(models.load_config(path, [word]), name)
             assert any(key.startswith(blocks) for key in keys) == there, (word, name)
 
-    def make(name, file):
-        models.save_finished(config, name, file, {})
-
+    make = functools.partial(models.save_finished, config, state={})
     # What is there needs nothing that came before, from wherever it came.
     for i in range(2):
         make("distill", f"student_modules/{i}.pt")
@@ -460,6 +461,14 @@ def test_another_set_of_as_many_classes_is_another_setting_wherever_it_is(tmp_pa
     moved = shutil.copy(sets[0], tmp_path / "moved.npz")
     assert "skipped" in run("finetune", path, "role=meta", f"data.root={moved}")
     assert "resumed at step 4" in run("finetune", path, "role=baseline", f"data.root={moved}")
+
+
+def test_a_set_that_is_replaced_while_a_stage_trains_is_another_set_ever_after(tmp_path):
+    root, other = shutil.copy(drawn("ABCD", 80), tmp_path), drawn("EFGH", 80)
+    path = write_config(tmp_path, data={**CONFIG["data"], "robustness": [], "root": str(root)})
+    run("finetune", path, "role=meta", before=lambda: setattr(
+        models, "append", lambda *line: shutil.copy(other, root)))
+    assert "meta.pt was made from other images" in one_sentence(run("finetune", path, "role=meta", expect=2))
 
 
 # ---------- The method's identities
@@ -709,11 +718,8 @@ def test_a_pass_over_all_modules_and_a_job_for_one_exclude_each_other(done, tmp_
 
 def test_a_second_job_on_a_stage_is_refused_and_a_killed_one_does_not_block(tmp_path):
     path = write_config(tmp_path)
-
-    def wait():
-        models.Stage.step = lambda stage: time.sleep(60)
-
-    waiting = start("finetune", path, "role=meta", before=wait)
+    waiting = start("finetune", path, "role=meta", before=lambda: setattr(
+        models.Stage, "step", lambda stage: time.sleep(60)))
     wait_for_a_line(waiting)
     other = path.with_name("other.yaml")
     shutil.copy(path, other)
@@ -726,6 +732,10 @@ def test_a_second_job_on_a_stage_is_refused_and_a_killed_one_does_not_block(tmp_
         file.touch()
     run("finetune", path, "role=meta")
     assert [*tmp_path.rglob("*.lock"), *tmp_path.rglob("*.tmp")] == [left[1]]
+    # Another job finishes after this one has looked.
+    text = run("finetune", path, "role=meta", f"output_dir={tmp_path}/b", expect=2, before=lambda: setattr(
+        models, "check_inputs", lambda config: models.save_finished(config, "meta", "meta.pt", {})))
+    assert "meta model was finished by another job meanwhile" in one_sentence(text)
 
 
 def test_a_stage_needs_neither_validation_images_nor_a_clock_that_runs(tmp_path):
@@ -843,20 +853,20 @@ def test_a_hung_process_ends_the_others_after_the_stated_patience_or_at_a_second
 
 
 def test_processes_that_would_begin_differently_all_end_with_a_sentence(tmp_path):
-    """Two machines without a common disk: one has a checkpoint, the other has none."""
+    """Two machines without a common disk: one has a checkpoint or a module that the other one lacks."""
     paths = [write_config(tmp_path / folder) for folder in ("a", "b")]
     run("finetune", paths[0], "role=meta", before=die(models, "learning_rate", 2, signal.SIGTERM), expect=143)
     checkpoint = tmp_path / "a/run/meta.unfinished.pt"
-    content = torch.load(checkpoint, weights_only=True)
-    content["settings"]["processes"] = 2
-    torch.save(content, checkpoint)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [start("finetune", paths[rank], "role=meta", rank=rank, env={**env, "RANK": str(rank)})
-            for rank in (0, 1)]
-    for code, text in map(end, both):
-        assert code == 2 and "step is 2 for process 0, 0 for process 1" in text, text
+    torch.save(torch.load(checkpoint, weights_only=True) | {"processes": 2}, checkpoint)
+    for text in run_processes(2, "finetune", paths, "role=meta", expect=2):
+        assert "step is 2 for process 0, 0 for process 1" in text, text
+    for i, path in enumerate(paths):
+        config = models.load_config(path, ["precision=float32"])
+        models.save_finished(config, "meta", "meta.pt", models.build(config, "meta").state_dict())
+        models.save_finished(config, "incubate", f"teacher_modules/{i}.pt", {})
+    for text in run_processes(2, "distill_module", paths, "role=teacher", expect=2):
+        assert "modules is [1, 2] for process 0, [0, 2] for process 1" in text, text
+    assert not list(tmp_path.rglob("log.jsonl"))
 
 
 def test_an_error_in_one_process_leaves_none_hanging(tmp_path):
@@ -866,7 +876,7 @@ def test_an_error_in_one_process_leaves_none_hanging(tmp_path):
     assert ends[0][0] == 2 and "cannot be written" in ends[0][1] and ends[1][0] not in (0, "hung"), ends
 
 
-@nac_only
+@pytest.mark.parametrize("done", ["nac"], indirect=True)
 def test_two_processes_run_every_stage_and_count_every_image_once(done, tmp_path):
     path = write_config(tmp_path, done[0].stem)
     for script, role in PIPELINE:

@@ -22,7 +22,7 @@ import data
 import few_shot
 import models
 import report
-from conftest import save_image, write_npz
+from conftest import one_sentence, run_main, save_image, write_npz
 
 VIT = {"patch": 8, "width": 16, "heads": 2, "depths": [1, 1, 1]}
 CONFIG = {
@@ -222,6 +222,11 @@ def test_an_epoch_that_a_kill_repeated_and_a_line_that_was_cut_short_count_once(
     # What follows the torn line stands on a line of its own.
     models.append(folder / "log.jsonl", [{**json.loads(last), "epoch": 3}])
     assert [line["epoch"] for line in report.read_log(folder)] == [0, 1, 2, 3]
+    # What an earlier recipe of more epochs or modules has left costs nothing.
+    before = costs(folder, "meta")
+    models.append(folder / "log.jsonl", [{**json.loads(last), **more} for more in (
+        {"epoch": 11}, {"module": 3, "modules": [3]})])
+    assert costs(folder, "meta") == before == ("8", "8", "")
 
 
 def test_one_run_is_an_aligned_table_and_a_verdict_and_report_md_has_all_columns(home, reported):
@@ -245,6 +250,9 @@ def test_one_run_is_an_aligned_table_and_a_verdict_and_report_md_has_all_columns
                             ("assemble.stitches=fold", "the same model without stitches end to end for"),
                             ("train.student.alpha=0.5", "end to end, with labels alone, for the same")):
         assert words in reported(write_run(home / override, BOTH, EPOCHS, override))[-3]
+    # Scores of as many other images are not compared.
+    edit(folder / "results.json", '10.0, "top5"', '10.0, "checksum": "of others", "top5"')
+    assert reported(folder)[-3] == "a student and its baseline are needed to compare"
 
 
 # ---------- Cost: the demos' ViTs by hand
@@ -480,7 +488,7 @@ def test_features_are_what_the_classifier_is_given_from_any_number_of_processes(
 
 
 @pytest.mark.parametrize("split", ["test", "val", "", ".npz"])
-def test_the_command_keeps_mean_and_interval(home, call, split):
+def test_the_command_keeps_mean_and_interval(home, call, capsys, split):
     root = home / f"letters.v2{split if split == '.npz' else ''}"
     if split == ".npz":
         write_npz(root, classes="avwxy", test=40, size=16)
@@ -505,6 +513,11 @@ def test_the_command_keeps_mean_and_interval(home, call, split):
                         ("few_shot.root=", "few_shot.root='' is"), ("role=teacher", "teacher.pt is not")):
         with pytest.raises(data.UserError, match=error):
             call(few_shot, *words, word)
+    # What cannot be kept is printed all the same.
+    (home / "run/results.json").write_text("[{")
+    assert run_main("tools/few_shot", *words, "role=meta") == 2
+    out, error = capsys.readouterr()
+    assert out.count("top-1") == 2 and "results.json cannot be read" in one_sentence(error)
 
 
 def test_an_upcycled_model_answers_as_the_dense_one_does(home, call):
