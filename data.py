@@ -216,8 +216,9 @@ def load(config, split, stage=None):
     pool, count = _pool(options, split if own else "train"), options[f"{split}_images"]
     order = np.random.default_rng(config["seed"]).permutation(len(pool))
     if not own:
-        tenth, held_out = max(1, min(1000, len(pool) // 10)), options["validation_images"]
-        held_out = tenth if held_out is None else held_out
+        held_out = options["validation_images"]
+        if held_out is None:
+            held_out = max(1, min(1000, len(pool) // 10))
         # Validation from the end: it stays the same whatever train_images is.
         first = max(0, len(pool) - held_out)
         order = order[first:] if split == "validation" else order[:first]

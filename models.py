@@ -181,7 +181,7 @@ class MoE(nn.Module):
         # A count of tokens has no gradient, its expectation under the noise has one:
         # load_e = Σ_x P(e is still chosen if its noise is drawn again) = Σ_x Φ((logit_e − threshold)·E)
         load = torch.special.ndtr((logits - threshold) * E).sum(0)  # E
-        # var / mean² and not (std / mean)², whose gradient is NaN at perfect balance
+        # The variance, because the gradient of a standard deviation is NaN at perfect balance.
         return self.balance * 0.5 * sum(v.var(correction=0) / v.mean() ** 2 for v in (importance, load))
 
 
@@ -1196,7 +1196,7 @@ class TrainStudentKeys(TrainKeys):
 
 
 class FewShotKeys:  # for tools/few_shot.py
-    root: str = ""  # classes that the model has not seen: <class>/* or an .npz; empty: no few-shot
+    root: str = ""  # a folder of <class>/* or an .npz, of classes that are new to the model; empty: none
     images: int = 0  # of its test images; 0: all
     ways: Annotated[int, 2, 10**6] = 8  # classes of an episode
     shots: list[Count] = [1, 5]  # labeled images per class; three times as many are asked
@@ -1925,7 +1925,8 @@ class Stage:
                 **log_extras(self.modules[i])}
 
     def print_epoch(self, lines, seconds):
-        losses, digits = [line["loss"] for line in lines], 1
+        losses = [line["loss"] for line in lines]
+        digits = 1
         if len(lines) > 4:  # of many modules the mean loss, and whole per cents
             losses, digits = [sum(losses) / len(losses)], 0
         of = f"modules {' '.join(map(str, self.modules))}  " if 1 < len(lines) < 5 else ""

@@ -87,7 +87,7 @@ def print_table(config, to_do, done):
               f"{tmac / TMAC_AN_HOUR:12,.2f}")
     print(f"to do{short(total):>84}{total / TMAC_AN_HOUR:12,.2f}")
     print("images: of an epoch; batch: of all processes; TMAC: 10^12 multiply-adds; state: a process's\n"
-          "weights, gradients, AdamW's moments; GPU hours: at 150 TFLOP/s (an H100: ViT 320, NAC 40)")
+          "weights, gradients and AdamW's moments, no activations; GPU hours: of all, at 150 TFLOP/s")
 
 
 def short(number):

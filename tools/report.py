@@ -133,7 +133,7 @@ class Run:
         # Runs that differ in these keys alone cost the same, and are counted once.
         config = json.dumps({**self.config, "seed": 0, "output_dir": "", "share": None})
         return sum(line["images"] / len(line["modules"]) / 1e12
-                   * per_image(config, name, tuple(line["modules"])) for line in lines) if lines else None
+                   * per_image(config, name, tuple(line["modules"])) for line in lines) or None
 
 
 @functools.cache
