@@ -527,6 +527,12 @@ def test_padding_moves_by_at_most_pad_repeats_edges_and_flips_as_often_as_asked(
     assert np.array_equal(views, (np.arange(8) + shift[:, None]).clip(0, 7)[:, None].repeat(8, 1))
 
 
+def test_an_image_that_takes_too_much_memory_is_named(monkeypatch):
+    monkeypatch.setattr(Image, "open", lambda source: np.empty(2**60))  # raises MemoryError
+    with pytest.raises(UserError, match="huge.png takes more memory than there is"):
+        data.read_image("huge.png")
+
+
 def test_a_long_thin_image_takes_little_memory(tmp_path):
     """Resized before it is cropped, it would be a million pixels long: 790 MB."""
     Image.new("RGB", (12000, 3)).save(tmp_path / "thin.png")
