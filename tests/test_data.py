@@ -528,7 +528,7 @@ def test_padding_moves_by_at_most_pad_repeats_edges_and_flips_as_often_as_asked(
 
 
 def test_an_image_that_takes_too_much_memory_is_named(monkeypatch):
-    monkeypatch.setattr(Image, "open", lambda source: np.empty(2**60))  # raises MemoryError
+    monkeypatch.setattr(Image, "open", lambda source: np.empty(2**50))  # raises MemoryError
     with pytest.raises(UserError, match="huge.png takes more memory than there is"):
         data.read_image("huge.png")
 
