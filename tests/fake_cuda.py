@@ -224,7 +224,8 @@ def assert_contiguous(tensor):
 
 def main(config, world, *words):
     m = install(int(world))
-    folder = tempfile.mkdtemp()
+    holder = tempfile.TemporaryDirectory()  # goes with the process
+    folder = holder.name
     step = m.models.Stage.step
 
     def run(script, role, cut_off=False):
