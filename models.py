@@ -1393,14 +1393,15 @@ def command_line(doc, roles=(), **more):
 
     `more` are further options and argparse's words for them. Options work with and without dashes.
     """
-    keys = "\n".join(f"{prefix}\n{inspect.getsource(block)}" for prefix, block in BLOCKS.items())
-    keys += "\nint, float: from 0; Count: from 1; Fraction: from 0 to 1; Size: pixels."
+    keys = "int, float: from 0; Count: from 1; Fraction: from 0 to 1; Size: pixels.\n"
+    if {"-h", "--help"} & {*sys.argv}:  # finding the source of the keys takes a second
+        keys += "\n".join(f"{prefix}\n{inspect.getsource(block)}" for prefix, block in BLOCKS.items())
     parser = argparse.ArgumentParser(description=doc, epilog=keys,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     if roles:
         parser.add_argument("--role", default=roles[0], choices=roles)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a key of the config (above)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a key of the config (below)")
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
     own = tuple(f"{name}=" for name in ("config", "role", *more))

@@ -1,13 +1,12 @@
 """What all tests share: where the code is, one thread, ways to run a command, small sets of images."""
 
-import functools
 import gc
 import importlib
-import inspect
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,6 @@ torch.set_num_threads(1)  # at the tests' sizes a second thread costs more than 
 
 import data  # noqa: E402
 import models  # noqa: E402
-
-# Each command puts the source of its keys into --help. Finding it takes half a second: here it is found once.
-inspect.getsource = functools.cache(inspect.getsource)
-for block in models.BLOCKS.values():
-    inspect.getsource(block)
-
 
 # ---------- Running commands
 
@@ -123,6 +116,9 @@ def forget():
 
 
 def pytest_configure(config):
+    # What torch, multiprocessing and pytest leave behind goes with this folder when the tests end.
+    config.temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ["TMPDIR"] = ENV["TMPDIR"] = tempfile.tempdir = config.temporary.name
     config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
 
 
