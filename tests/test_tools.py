@@ -428,6 +428,8 @@ def test_the_list_is_what_run_sh_runs(home, call, monkeypatch):
                         ("meta.patch=7", "meta: .*Use tools/convert.py first")):
         with pytest.raises(data.UserError, match=error):
             call(cost, *words, f"output_dir={home / 'other'}", word)
+    with pytest.raises(data.UserError, match="12 images"):  # and by a dry run
+        call(cost, *words[:2], *words[3:], "few_shot.shots=[1,3]")
 
 
 # ---------- Few-shot

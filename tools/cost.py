@@ -38,11 +38,12 @@ def main():
     done = [name for name in models.STAGES if name in needed and name not in to_do]
     if words.list or os.path.exists(config["data"]["root"]):
         models.check_inputs(config)
+        if config["few_shot"]["root"] and not goal:
+            few_shot.few_shot_set(config)
     if not words.list:
         return print_table(config, to_do, done)
     last = [] if goal else ["evaluate.py role=all", f"tools/report.py {config['output_dir']}"]
     if config["few_shot"]["root"] and not goal:
-        few_shot.few_shot_set(config)
         last.insert(1, "tools/few_shot.py role=all")
     for name in to_do:
         try:

@@ -25,7 +25,6 @@ import models
 def main():
     config, words = models.command_line(__doc__, (*evaluate.ROLES, "all"))
     few, images, process = config["few_shot"], few_shot_set(config), data.setup(config["device"])
-    results = Path(config["output_dir"], "results.json")
     stem = Path(few["root"]).absolute().name.removesuffix(".npz")
     finished, problem = evaluate.trained(config, words.role, process), None
     for role, path in finished.items():
@@ -47,7 +46,7 @@ def main():
             result = {"role": role, "set": name, "top1": top1, "top5": top5, "ci95": ci95,
                       "images": len(images), "episodes": len(accuracy)}
             if process.rank == 0:
-                problem = evaluate.keep(results, result) or problem
+                problem = evaluate.keep(Path(config["output_dir"], "results.json"), result) or problem
             models.say(process, f"{role}, {name}: top-1 {top1:.2f} ± {ci95:.2f} % of {len(images):,} images")
     if problem:
         raise problem
