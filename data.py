@@ -13,11 +13,13 @@ import atexit
 import datetime
 import functools
 import gc
+import itertools
 import math
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import random
+import re
 import reprlib
 import signal
 import sys
@@ -91,7 +93,8 @@ class Setup(NamedTuple):
 def setup(device="auto"):
     """Device and process group of this process. A collective that waits longer than PATIENCE fails."""
     rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
-    if rank >= world or world > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    known = all(map(os.environ.get, ("RANK", "MASTER_ADDR", "MASTER_PORT")))
+    if rank >= world or world > 1 and not (known and environment("MASTER_PORT", 0) < 2**16):
         raise UserError("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not complete: start with torchrun.")
     works = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -109,6 +112,9 @@ def setup(device="auto"):
         # TF32 for float32 products: three times the speed. The NAC's distance stays exact (models.distance).
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
+        # Python's own handler would wait until the other processes are there.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         # After a restart torchrun's store still holds the old addresses: each attempt gets keys of its own.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
         store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
@@ -122,7 +128,7 @@ def environment(name, default):
     """A whole number that torchrun says in the environment."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or name == "WORLD_SIZE" and not int(text):
-        raise UserError(f"{name}={text!r} in the environment is not a number of processes.")
+        raise UserError(f"{name}={text!r} in the environment is not such a number.")
     return int(text)
 
 
@@ -135,10 +141,19 @@ def agree(process, facts):
     for rank, theirs in enumerate(others, 1):
         for key in first | theirs:
             if first.get(key) != theirs.get(key):
-                here, there = reprlib.repr(first.get(key)), reprlib.repr(theirs.get(key))
+                key, here, there = differing(key, first.get(key), theirs.get(key))
                 close()
                 raise UserError(f"{key} is {here} for process 0, {there} for process {rank}: all need the "
                                 "same output_dir, data and code.")
+
+
+def differing(key, old, new):
+    """A key and two values in short words. Of long lists the first place where they differ: key[6]."""
+    if isinstance(old, list) and isinstance(new, list) and reprlib.repr(old) == reprlib.repr(new):
+        pairs = enumerate(itertools.zip_longest(old, new))
+        place, (old, new) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        key = f"{key}[{place}]"
+    return key, reprlib.repr(old), reprlib.repr(new)
 
 
 def sum_over_processes(tensor):
@@ -182,8 +197,8 @@ class ImageSet:
         return ImageSet(self.labels[indices], self.class_names, images, files, self.present)
 
     def checksum(self):
-        """Of the labels, and of the images in memory or the names of the files."""
-        shown = repr([Path(file).name for file in self.files or []]).encode()
+        """Of the labels, and of the images in memory or the files' names and sizes."""
+        shown = repr([(Path(file).name, os.stat(file).st_size) for file in self.files or []]).encode()
         pixels = b"" if self.images is None else self.images.numpy()
         return f"{zlib.crc32(pixels, zlib.crc32(self.labels.numpy().tobytes() + shown)):08x}"
 
@@ -243,24 +258,27 @@ def load(config, split, stage=None):
 
 def _test_set(options, split):
     """The test images, or a robustness set: a split of the .npz, or a folder matched by class names."""
-    if split == "test" or split in splits(options):
-        images, count = _pool(options, split), options["test_images"]
-        # A robustness set may be smaller.
-        return subset(images, count if split == "test" or count < len(images) else 0, "data.test_images")
-    folder, names = Path(split), class_names(options)
-    if not folder.is_dir():
-        raise UserError(f"data.robustness={split!r} is neither a folder nor a split of data.root.")
-    # Folders of other names are left out: the model cannot choose them.
-    found = {*class_folders(folder)}
-    if alike := nfc(found - {*names}) & nfc(names):
-        raise UserError(f"data.robustness={split} has a folder whose name looks like class {min(alike)!r} "
-                        "(Unicode NFC, NFD); rename it.")
-    labeled = read_folders(folder, names, sorted(found & {*names}), complete=False)
-    labeled.present = labeled.labels.bincount(minlength=len(names)) > 0
-    if (count := labeled.present.sum()) < 2:
-        raise UserError(f"data.robustness={split} has images of {count} of the training set's classes, such "
-                        f"as {names[0]!r}; rename its folders.")
-    return labeled
+    names, count = class_names(options), options["test_images"]
+    if split == "test":
+        return subset(_pool(options, split), count, "data.test_images")
+    if split in splits(options):
+        images = _pool(options, split)
+    else:
+        folder, count = Path(split), 0
+        if not folder.is_dir():
+            raise UserError(f"data.robustness={split!r} is neither a folder nor a split of data.root.")
+        # Folders of other names are left out: the model cannot choose them.
+        found = {*class_folders(folder)}
+        if alike := nfc(found - {*names}) & nfc(names):
+            raise UserError(f"data.robustness={split} has a folder whose name looks like class "
+                            f"{min(alike)!r} (Unicode NFC, NFD); rename it.")
+        images = read_folders(folder, names, sorted(found & {*names}), complete=False)
+    images.present = images.labels.bincount(minlength=len(names)) > 0
+    if (classes := images.present.sum()) < 2:
+        raise UserError(f"data.robustness={split} has images of {classes} of the training set's classes, "
+                        f"such as {names[0]!r}; complete it, or rename its folders.")
+    # It may be smaller than the test set.
+    return subset(images, count if count < len(images) else 0, "data.test_images")
 
 
 def subset(images, count, key):
@@ -440,9 +458,9 @@ def identity(options):
     if root.suffix == ".npz":
         with zipfile.ZipFile(root) as archive:  # which holds a checksum of each array
             known = sorted((array.filename, array.CRC) for array in archive.infolist()
-                           if array.filename.startswith(("train_", "validation_")))
+                           if re.fullmatch("(train|validation)_(images|labels).npy", array.filename))
     else:
-        _, known = _listing(root / "train", tuple(names))
+        known = _listing(root / "train", tuple(names))[1]
     return {"data.class_names": names, "data.checksum": f"{zlib.crc32(repr(known).encode()):08x}"}
 
 
@@ -459,6 +477,7 @@ def _pool(options, split):
                         f"{len(names)}.")
     if split in ("train", "test") and len(np.unique(labels)) < len(names):
         raise UserError(f"{root}: some class has no {split} images; leave its name out or complete it.")
+    labels = labels.astype(np.int64)  # big-endian ones, too
     return ImageSet(labels, names, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
 
 
@@ -473,8 +492,8 @@ def read_npz(path, *names):
 
 def _npz_names(path):
     [names] = read_npz(path, "class_names")
-    if names.ndim != 1 or names.dtype.kind != "U" or len(set(names.tolist())) < max(2, len(names)):
-        raise UserError(f"{path}: class_names must be at least two texts, each of them once.")
+    if names.ndim != 1 or names.dtype.kind != "U" or len(nfc(names.tolist())) < max(2, len(names)):
+        raise UserError(f"{path}: class_names must be at least two texts, no two of which look alike.")
     return names.tolist()
 
 
@@ -493,10 +512,10 @@ def _split_folder(root, split, names):
                         f"them has {odd[0]!r} ({len(odd)} such{alike}); complete data.root or remove the "
                         "folder.")
     if split != "train":
-        own, train = ({os.path.realpath(part / name) for name in names} for part in (folder, root / "train"))
-        if own & train:
-            raise UserError(f"{min(own & train)} is a class folder of train/ and of {folder.name}/; remove "
-                            "the link.")
+        own, train = (_listing(part, tuple(names))[2] for part in (folder, root / "train"))
+        if both := own.keys() & train.keys():
+            raise UserError(f"{min(both)} is in train/ and, by a link, in {folder.name}/ ({len(both)} such); "
+                            "remove the link.")
     return folder
 
 
@@ -555,7 +574,7 @@ def _image_files(folder, stop, others):
 
 @functools.lru_cache(maxsize=8)
 def _listing(folder, found):
-    """The class folders `found`: [(image file, class name), …], and a checksum.
+    """The class folders `found`: [(image file, class name), …], a checksum, {real path: class name}.
 
     Listed once, since a stage asks for it many times. The checksum is over the files' names and over the
     beginning of each class's first image.
@@ -572,7 +591,8 @@ def _listing(folder, found):
         files = _image_files(folder / name, stop, others)
         for real, path in files.items():
             if known.setdefault(real, name) != name:
-                raise UserError(f"{path} is an image of class {known[real]!r}, too; remove one of the two.")
+                raise UserError(f"{path} and an image of class {known[real]!r} are one file; remove one of "
+                                "the two.")
         listing += [(path, name) for path in sorted(files.values())]
     if others:
         note(f"{folder}: {len(others)} files do not end like images and are not read, such as {others[0]}")
@@ -581,12 +601,12 @@ def _listing(folder, found):
     for path in {name: path for path, name in reversed(listing)}.values():
         with open(path, "rb") as file:
             checksum = zlib.crc32(file.read(4096), checksum)
-    return listing, checksum
+    return listing, checksum, known
 
 
 def read_folders(folder, names, found, complete=True):
     """The images of the class folders `found`, labeled by place in `names`. `complete`: none may be empty."""
-    listing, _ = _listing(Path(folder), tuple(found))
+    listing = _listing(Path(folder), tuple(found))[0]
     label = {name: k for k, name in enumerate(names)}
     empty = label.keys() - {name for _, name in listing}
     if complete and empty:

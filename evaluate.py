@@ -54,7 +54,8 @@ def trained(config, role, process):
     if not any(found.values()):
         models.needed(config, roles[0], f"{roles[0]}.pt")  # says what to do
     if not Path(config["output_dir"], "config.yaml").exists():
-        models.begin(config, process)
+        with contextlib.suppress(models.UserError, OSError):  # keep() will say it, after the score
+            models.begin(config, process)
     return {one: path for one, path in found.items() if path}
 
 

@@ -346,7 +346,7 @@ class ModFFN(nn.Module):
     def __init__(self, width, code_width, ratio):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.fc1 = ModFC(width, int(2 * ratio * width), code_width)
+        self.fc1 = ModFC(width, 2 * int(ratio * width), code_width)
         self.fc2 = ModFC(int(ratio * width), width, code_width)
         self.gamma = nn.Parameter(torch.full((width,), 0.1))
         self.drop_path = DropPath()
@@ -1139,7 +1139,7 @@ class ViTKeys:
     top_k: Count = 2  # experts that a token goes to; with 1 (a gate of 1) only `balance` trains the router
     moe_blocks: list[int] | None = None  # which blocks have experts; null: all
     balance: float = 0.0  # weight of V-MoE's importance + load loss; .01 in V-MoE, 0 in m2mKD
-    capacity: float = 0.0  # V-MoE's capacity factor in training; 0: no limit
+    capacity: Annotated[float, 0, 10**6] = 0.0  # V-MoE's capacity factor in training; 0: no limit
 
 
 class StudentKeys(ViTKeys):  # width, heads and mlp_ratio also serve a NAC
@@ -1315,7 +1315,8 @@ def keys_of(override):
     values = {}
     for name in fnmatch.filter(KEYS, key) or [key]:
         # A text is not parsed: output_dir=a #3
-        plain = allowed("text", KEYS.get(name, (int,))[0]) and text != "null" and not text.startswith("[")
+        kind = KEYS.get(name, (int,))[0]
+        plain = allowed("text", kind) and text != "null" and not (text[:1] == "[" and allowed([], kind))
         values[name] = os.path.expanduser(text) if plain else parse(text, f"{key}={text}: the value")
     return values
 
@@ -1373,7 +1374,10 @@ def flatten(tree, prefix=""):
     """{"train": {"meta": {"lr": 1}}} -> {"train.meta.lr": 1}"""
     flat = {}
     for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        part = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if twice := flat.keys() & part.keys():
+            raise UserError(f"the key {min(twice)} stands twice.")
+        flat |= part
     return flat
 
 
@@ -1426,13 +1430,15 @@ def run(main):
     except (UserError, OSError, MemoryError, RuntimeError) as e:
         # torch's words for too little memory, no compiler, a dead worker, a taken port, another process's end
         text = " ".join(str(e).split()) or type(e).__name__
-        known = "alloc|compiler|DataLoader worker|socket|peer"
+        known = "alloc|compiler|DataLoader worker|socket|peer|imed out|onnection"
         if isinstance(e, RuntimeError) and not re.search(known, text):
             raise
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
         elif not isinstance(e, UserError):
             text = text.rstrip(".") + ". TRACEBACK=1 in the environment shows where."
+        if isinstance(e, RuntimeError) and re.search("imed out|onnection|peer", text):
+            text += " Another process hangs or has ended."
         if "DataLoader worker" in text:
             text += " If memory ran out, take fewer data.workers; if /dev/shm did, data.workers=0."
         # Every process prints, because a bad image may be in its share alone.
@@ -1516,7 +1522,8 @@ def check_finite(state, what):
     """Returns a state dict of finite tensors; raises UserError for any other."""
     for name, value in state.items():
         if value.is_floating_point() and not value.float().isfinite().all():
-            raise UserError(f"{what}: the tensor {name} is not finite; a lower learning rate may help.")
+            raise UserError(f"{what}: the tensor {name} is not finite (in training a lower learning rate may "
+                            "help).")
     return state
 
 
@@ -1606,11 +1613,12 @@ def compare(old, new, path, config):
     share = own[0] if len(own) == 1 else f"[{','.join(own)}]"
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
-            before, now = (reprlib.repr(one.get(key)) for one in (old, new))
-            if key in ("data.class_names", "data.checksum"):
+            key, before, now = data.differing(key, old.get(key), new.get(key))
+            if key.startswith(("data.class_names", "data.checksum")):
+                alike = " (Unicode NFC, NFD)" if before == now else ""
                 raise UserError(f"{path} was made from other images than those of data.root="
-                                f"{config['data']['root']}: {key} was {before}, now it is {now}. Use a new "
-                                "output_dir.")
+                                f"{config['data']['root']}: {key} was {before}, now it is {now}{alike}. Use "
+                                "a new output_dir.")
             raise UserError(f"{key} was {before} when {path} was made, now it is {now}. Use a new output_dir "
                             f"and share={share} to keep the stages that do not change.")
 
@@ -1664,8 +1672,8 @@ def needed(config, name, file):
 def check_inputs(config):
     """Checks the shared folders and all sets of images before anything is trained."""
     own, *shared = map(Path, folders(config))
-    if own.exists() and not own.is_dir():
-        raise UserError(f"output_dir={own} is a file.")
+    if os.path.lexists(own) and not own.is_dir():
+        raise UserError(f"output_dir={own} is not a folder.")
     for folder in shared:
         if not folder.is_dir():
             raise UserError(f"share={folder} is not a run's folder.")
@@ -1774,8 +1782,8 @@ class Stage:
         if self.locks and any(finished(config, name, file) for file in files.values()):
             raise UserError(f"{self.title} was finished by another job meanwhile: start again.")
         self.number = self.resume() if self.path.exists() else 0
-        facts = {"modules": [*modules], "step": self.number, "code": code()}
-        data.agree(process, self.settings | facts)
+        facts = {"stage": name, "step": self.number, "modules": [*modules], "code": code()}
+        data.agree(process, facts | self.settings)
         begin(config, process)
         self.compiling = config["compile"]
         self.wrapped = {i: self.distributed(module) for i, module in modules.items()}
@@ -1810,7 +1818,7 @@ class Stage:
     def resume(self):
         """Loads an unfinished stage's checkpoint -> its step. Raises UserError on other settings."""
         saved = read(self.path, whole=self.process.rank == 0)
-        if "processes" not in saved:
+        if not {"processes", "settings", "modules", "optimizers", "number"} <= saved.keys():
             raise UserError(f"{self.path} is no checkpoint of an unfinished stage; remove it.")
         if (before := saved["processes"]) != self.process.world:
             raise UserError(f"processes was {before} when {self.path} was begun, now it is "
@@ -1967,6 +1975,7 @@ class Stage:
                 save_finished(self.config, self.name, file, self.modules[i].state_dict(),
                               self.images.class_names, known=self.settings)
             self.path.unlink(missing_ok=True)
+            forget(self.config, self.name)
         for file, held in self.locks.items():
             file.with_suffix(".lock").unlink(missing_ok=True)
             held.close()
@@ -1978,14 +1987,25 @@ class Stage:
 
 
 def skip(config, process, name, only=None):
-    """Says that a stage is finished, and removes a checkpoint that a kill has left."""
+    """Says that a stage is finished, and removes what a kill has left of it."""
     if not name.startswith("assemble"):  # which one process does
-        data.agree(process, {"step": "the last"})
-    own = Path(config["output_dir"], files(config, name)[only or 0])
-    if process.rank == 0 and own.exists():  # a shared result is no reason to lose an own beginning
-        with contextlib.suppress(OSError):
-            checkpoint_path(config, name, only).unlink()
+        data.agree(process, {"stage": name, "step": "the last"})
+    if process.rank == 0:
+        forget(config, name, only)
     announce(process, f"{TITLES.get(name, name)}: finished; skipped{by_other_code(config, name)}")
+
+
+def forget(config, name, only=None):
+    """Removes the checkpoints of a stage whose files are all there: it would seem begun if one were deleted.
+
+    Files of the run's own folder: a shared result is no reason to lose an own beginning.
+    """
+    places = range(len(files(config, name))) if only is None else [only]
+    if all(Path(config["output_dir"], files(config, name)[i]).exists() for i in places):
+        for path in {checkpoint_path(config, name, i) for i in (only, *places)}:
+            with contextlib.suppress(OSError):  # a folder that may not be written
+                path.unlink(missing_ok=True)
+                path.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def by_other_code(config, name):

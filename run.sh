@@ -14,7 +14,7 @@ case ${1:---help} in -*) sed -n '2,10s/^# \{0,1\}//p' "$0"; case ${1:-} in -h | 
 config=$1; shift
 here=$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=$(command -v python || command -v python3)
-read -ra launch <<<"${LAUNCH:-}"
+read -rd '' -a launch <<<"${LAUNCH:-}" || true
 [ ${#launch[@]} -gt 0 ] || launch=("$python")
 
 # glibc returns every large tensor to the system and faults it in again; CPU training is faster if it keeps them.
@@ -44,8 +44,9 @@ run() { "$@" </dev/null & job=$!; wait "$job"; job=; }
 
 # Everything that can be wrong is looked at before anything is trained.
 commands=$("$python" "$here/tools/cost.py" --config "$config" ${words[@]+"${words[@]}"} --list)
-n=$(grep -c role= <<<"$commands" || true) k=0
-while read -r script word; do
+n=$(grep -c 'py role=' <<<"$commands" || true) k=0
+while IFS= read -r line; do
+    script=${line%% *} word=${line#* }  # which may begin or end with a space
     case $script in
         '') ;;
         tools/report.py) "$python" "$here/$script" "$word" ;;

@@ -83,7 +83,7 @@ def write_npz(path, seed=0, classes="abcd", train=20, test=8, size=8, **more):
     rng, arrays = np.random.default_rng(seed), {"class_names": np.array(list(classes))}
     for split, count in (("train", train), ("test", test)):
         arrays[f"{split}_images"] = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-        arrays[f"{split}_labels"] = np.arange(count) % len(classes)
+        arrays[f"{split}_labels"] = (np.arange(count) % len(classes)).astype(">i4")  # as in MNIST's files
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **{name: value for name, value in (arrays | more).items() if value is not None})
     return path

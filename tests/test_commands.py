@@ -279,7 +279,7 @@ def launcher(text):
     """The environment in which run.sh starts this line of sh in place of python."""
     Path("launch").write_text(f"#!/bin/sh\n{text}\n")
     Path("launch").chmod(0o755)
-    return {"LAUNCH": os.path.abspath("launch")}
+    return {"LAUNCH": "env\n" + os.path.abspath("launch")}
 
 
 def test_a_command_works_from_any_folder_and_in_a_terminal_without_utf_8(here):
@@ -301,7 +301,7 @@ def test_run_sh_takes_the_callers_config_and_runs_every_stage_in_order(here):
     """Even where the repository has a config of the same name; paths may be odd."""
     (here / "configs").mkdir()
     shutil.copy("c.yaml", "configs/demo_nac.yaml")
-    words = ["configs/demo_nac.yaml", "output_dir=odd #1 é/a run"]
+    words = ["configs/demo_nac.yaml", "output_dir=odd #1 é/a run "]
     done = shell("bash", ROOT / "run.sh", *words, env=launcher('echo "$STAGE$*"'))
     made = [("finetune", "meta"), *((script, role) for role in ("teacher", "student")
                                     for script in ("distill_module", "assemble", "finetune")),
@@ -341,6 +341,11 @@ def test_a_port_that_is_taken_is_one_sentence(here):
         env = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken.getsockname()[1]))
         done = shell(sys.executable, ROOT / "finetune.py", "--config", "c.yaml", "role=meta", env=env)
     assert done.returncode == 2 and "already in use" in one_sentence(done.stderr)
+    for port in "abc", "70000", "":
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(data.UserError, match="MASTER_PORT"):
+            for name, value in (env | {"MASTER_PORT": port}).items():
+                patch.setenv(name, value)
+            data.setup("cpu")
     for size in "two", "", "0":
         done = shell(sys.executable, ROOT / "tools/cost.py", "--config", "c.yaml", env={"WORLD_SIZE": size})
         assert done.returncode == 2 and "WORLD_SIZE=" in one_sentence(done.stderr)

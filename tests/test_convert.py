@@ -227,7 +227,9 @@ def test_files_that_are_cut_short_damaged_or_none_are_named(tmp_path, bring):
     assert "no.pth" in bring(path, f"teacher={tmp_path}/no.pth", expect=2)
     for content, words in (({"network": small(), "step": 3}, "the entry network is not"), ([1], "a list"),
                            ({**small(), "_extra_state": None}, "the entry _extra_state is not a tensor of"),
-                           ({**small(), "index": torch.arange(4)}, "index is not a tensor of float")):
+                           ({**small(), "index": torch.arange(4)}, "index is not a tensor of float"),
+                           ({**small(), "module.cls_token": torch.zeros(1, 1, 8)}, "are called cls_token"),
+                           ({**small(), "pos_embed": torch.zeros(5)}, "pos_embed is (5,)")):
         torch.save(content, file)
         assert words in bring(path, f"teacher={file}", expect=2)
     assert not (tmp_path / "run").exists()
@@ -522,7 +524,8 @@ def test_a_file_that_tells_its_mean_and_std_must_agree_with_the_config(tmp_path,
     text = teacher(content, expect=2)
     assert "wants images with data.mean=(0.5, 0.5, 0.5) data.std=(0.4, 0.4, 0.4)" in text
     teacher(content, "data.mean=half", "data.std=[0.4,0.4,0.4]")
-    teacher({**content, "pretrained_cfg": {"mean": "foo", "std": 1}})  # what is no number is no news
+    for cfg in (None, {"mean": "foo", "std": 1}):  # what is no number is no news
+        teacher({**content, "pretrained_cfg": cfg, "stage": "teacher"})
     file = initial(config_file(tmp_path / "a", data={"classes": 5, "image_size": 16, "mean": "half",
                                                      "root": str(tmp_path / "a/set.npz")}), "meta")
     assert "data.mean=half data.std=imagenet" in bring(config_file(tmp_path / "b"), f"meta={file}", expect=2)

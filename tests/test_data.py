@@ -1,11 +1,4 @@
-"""Promises of data.py: randomness has no state, no image is lost or seen twice, files are read or refused.
-
-1 Sets: arrays and folders, read and split; what is not all there is named; a set is known by its content.
-2 Batches: a view depends on seed, stage, epoch and position alone, whatever the workers and the processes;
-  evaluation sees every image once; a bad image is named.
-3 Transforms: each against numbers by hand, a second definition in numpy, or its distribution.
-4 Processes: one needs no group, an incomplete launch is refused.
-"""
+"""Promises of data.py: randomness has no state, no image is lost or seen twice, files are read or refused."""
 
 import math
 import multiprocessing
@@ -208,19 +201,20 @@ FOLDERS = {  # what is odd: (change, what the sentence must say, or None where i
     "a test class short": (lambda root: shutil.rmtree(root / "val/b"), "val holds 1 class folders"),
     "another test class": (lambda root: os.rename(root / "val/b", root / "val/c"), "only one of .* has 'b'"),
     "a test that is val": (linked("test", "val"), None),
-    "a test that is train": (linked("test", "train"), "train/a is a class folder of train/ and of test/"),
-    "a class of train": (lambda root: (shutil.rmtree(root / "val/b"), linked("val/b", "../train/b")(root)),
-                         "train/b is a class folder of train/ and of val/"),
+    "a test that is train": (linked("test", "train"), "train/a/0.png is in train/ and, by a link, in test/"),
     "a look-alike": (lambda root: (save_image(root / "train/caf\u00e9/0.png"),
                                    save_image(root / "val/cafe\u0301/0.png")), "has .*, some look alike"),
     "an empty class": (lambda root: (root / "train/z").mkdir(), "train/z holds no images"),
     "a lost image": (linked("train/a/7.png", "none.png"), "a/7.png is a link to something that is not there"),
     "a lost class": (linked("train/c", "../none"), "train/c is a link to something that is not there"),
-    "a class twice": (linked("train/c", "b"), "train/c/0.png is an image of class 'b', too"),
+    "a class twice": (linked("train/c", "b"), "train/c/0.png and an image of class 'b' are one"),
     "a class that is all": (linked("train/c", "."), "train/c"),
-    "an image of two classes": (linked("train/a/7.png", "../b/1.png"), "an image of class 'a', too"),
+    "an image of two classes": (linked("train/a/7.png", "../b/1.png"), "an image of class 'a' are one"),
     "a folder of two classes": (lambda root: (save_image(root / "train/b/deep/7.png"),
-                                              linked("train/a/x", "../b/deep")(root)), "of class 'a', too"),
+                                              linked("train/a/x", "../b/deep")(root)), "of class 'a' are"),
+    "a test image of train": (linked("val/a/7.png", "../../train/a/0.png"), "train/a/0.png is in train/ and"),
+    "a test folder of train": (lambda root: (save_image(root / "train/a/deep/7.png"),
+                                             linked("val/a/x", "../../train/a/deep")(root)), "deep/7.png is"),
     "a folder that may not be read": (lambda root: (root / "train/a").chmod(0), "train/a cannot be read"),
 }
 
@@ -245,6 +239,8 @@ def test_robustness_folders_are_matched_by_name(tmp_path):
     config = make_config(write_npz(tmp_path / "s.npz"))
     write_folder(tmp_path, ["r"], ["d", "b", "stranger"])
     (tmp_path / "r/a").mkdir()  # a class without images is not present
+    write_npz(tmp_path / "s.npz", hard_images=U8[:2], hard_labels=np.array([3, 1]))
+    assert data.load(config, "hard").present.tolist() == [False, True, False, True]
     robust = data.load(config, str(tmp_path / "r"))
     assert robust.present.tolist() == [False, True, False, True] and robust.labels.tolist() == [1, 1, 3, 3]
     assert robust.class_names == ["a", "b", "c", "d"] and data.load(config, "train").present.all()
@@ -267,14 +263,16 @@ def test_a_set_is_known_by_its_class_names_and_training_images_wherever_it_is(tm
     npz = known(write_npz(tmp_path / "a.npz"))
     assert npz.keys() == {"data.class_names", "data.checksum"} and npz["data.class_names"] == list("abcd")
     (tmp_path / "else").mkdir()
-    assert known(write_npz(tmp_path / "else/b.npz", test=4)) == npz  # test images train nothing
+    assert known(write_npz(tmp_path / "else/b.npz", test=4, train_more_images=U8)) == npz  # not trained on
     others = [known(write_npz(tmp_path / "b.npz", **change)) for change in (
         dict(seed=1), dict(train=21), dict(train_labels=np.arange(20)[::-1] % 4), dict(classes="abce"), own,
         own | dict(validation_images=U8 + 1))]
     folder = known(write_folder(tmp_path / "set"))
     assert folder["data.class_names"] == ["a", "b"]
     shutil.copytree(tmp_path / "set", tmp_path / "else/set")
-    save_image(tmp_path / "else/set/val/a/9.png")
+    before = data.load(make_config(tmp_path / "else/set"), "test").checksum()
+    save_image(tmp_path / "else/set/val/a/1.png", size=(90, 90))  # of the same name
+    assert data.load(make_config(tmp_path / "else/set"), "test").checksum() != before
     assert known(tmp_path / "else/set") == known(f"{tmp_path}/else/../set/") == folder
     for place in ("train/a/9.png", "train/b/0.jpg"):  # it grew
         save_image(tmp_path / "set" / place)

@@ -1,12 +1,4 @@
-"""Promises of models.py: its equations, its modules, and its files of weights. (Its config: test_config.py.)
-
-1 NAC, signatures, V-MoE: the literal definitions of literal.py, in outputs and in gradients; what they do
-  not say, by hand. (test_graph_priors.py has the graphs.)
-2 Modules: together they are the whole model; stitches are kept, folded or dropped; how they start, what
-  drops in which stage and whose codes are shaken, which the fixtures' evaluation mode does not show.
-3 Losses by hand, as far as test_fixtures.py does not have them.
-4 Files: a finished one alone gives its model. (test_commands.py has damaged ones.)
-"""
+"""Promises of models.py: its equations, its modules, and its files of weights."""
 
 import math
 
@@ -69,7 +61,7 @@ SIZES = {
     "small": SMALL,
     "other widths": {**SMALL, "code_width": 20, "heads": 3, "head_width": 5, "ffn_ratio": 1.0},
     "pooled grid": {**SMALL, "width": 16, "tokenizer_stages": 3, "grid_size": 8, "image_size": 48},
-    "one of each": {**SMALL, "latents": (1, 1, 1), "propagators": 1},
+    "one of each": {**SMALL, "latents": (1, 1, 1), "propagators": 1, "ffn_ratio": 1.4},
 }
 
 

@@ -1,9 +1,4 @@
-"""Promises of tools/prepare.py: drawn pixels never move, every reader reads its set or says what is missing.
-
-1 Drawn sets and renditions.
-2 Sets of others, each from a tiny source made here, whole and broken, read back by data.load().
-3 The command: what is written is whole, and nothing else is harmed.
-"""
+"""Promises of tools/prepare.py: drawn pixels never move, each set is read, or what it lacks is named."""
 
 import gzip
 import os

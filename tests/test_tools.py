@@ -113,6 +113,8 @@ def test_seeds_are_one_row_of_mean_and_sample_std_and_other_names_another(home, 
     # Of seeds 0 and 2 −10 and −13: mean −11.5, std 2.1; seed 9 has no partner.
     alone = cells(reported(*sorted(home.glob("a-*"))), "a-alone student")
     assert (alone["seeds"], alone["against a, test"]) == ("3", "-11.5 ± 2.1")
+    edit(home / "a-s0-alone/results.json", ": 100}", ": 50}")  # another test set
+    assert cells(reported(home / "a-s0", home / "a-s0-alone"), "a-alone student")["against a, test"] == "–"
 
 
 def edit(path, old, new):
@@ -129,7 +131,7 @@ def edit(path, old, new):
     ([], lambda run: (run / "results.json").unlink(), "holds no results: run evaluate.py first"),
     ([], lambda run: edit(run / "config.yaml", "root:", "set: glyphs\n  root:"), "data.set is not a key"),
     ([], lambda run: (run / "config.yaml").unlink(), "a-s3/config.yaml"),
-    ([], lambda run: (run / "student.pt").unlink(), "data.checksum is None here")])
+    ([], lambda run: (run / "student.pt").unlink(), "no finished model tells its data")])
 def test_a_run_that_cannot_be_used_is_left_out_and_the_others_are_reported(
         home, reported, call, monkeypatch, overrides, spoil, reason):
     monkeypatch.chdir(home)
@@ -225,7 +227,7 @@ def test_an_epoch_that_a_kill_repeated_and_a_line_that_was_cut_short_count_once(
     # What an earlier recipe of more epochs or modules has left costs nothing.
     before = costs(folder, "meta")
     models.append(folder / "log.jsonl", [{**json.loads(last), **more} for more in (
-        {"epoch": 11}, {"module": 3, "modules": [3]})])
+        {"epoch": 11}, {"module": 3, "modules": [3]}, {"epoch": "3"}, {"modules": [[1]]})])
     assert costs(folder, "meta") == before == ("8", "8", "")
 
 
@@ -417,15 +419,17 @@ def test_the_list_is_what_run_sh_runs(home, call, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(models, "code", lambda: "older")
         models.save_finished(config, "teacher", "teacher.pt", {})
+    left = home / "a run/teacher.unfinished.pt"  # by a kill: a new teacher would go on from it
+    left.touch()
     assert call(cost, *words).splitlines() == [made[0], *made[4:-1], *last]
-    assert call.errors == "teacher is finished (other code made it)\nbaseline is finished\n"
+    assert not left.exists() and call.errors == "teacher is finished (other code made it)\nbaseline is finished\n"
     # The few-shot set is looked at before anything is trained.
     words += ["few_shot.root=" + str(home / "set.npz"), "few_shot.ways=4", "few_shot.shots=[1,2]"]
     assert call(cost, *words).splitlines()[-2:] == ["tools/few_shot.py role=all", last[-1]]
     for word, error in (("few_shot.shots=[1,3]", "12 images"), ("share=no", "share=no"),
                         ("few_shot.root=no", "few_shot.root='no'"), ("data.root=no", "data.root='no' is not"),
                         ("train.distill.batch=64", "train.distill.batch=64"),
-                        ("meta.patch=7", "meta: .*Use tools/convert.py first")):
+                        ("meta.patch=7", "not a multiple of 7, meta's patch")):
         with pytest.raises(data.UserError, match=error):
             call(cost, *words, f"output_dir={home / 'other'}", word)
     with pytest.raises(data.UserError, match="12 images"):  # and by a dry run
@@ -497,6 +501,8 @@ def test_the_command_keeps_mean_and_interval(home, call, capsys, split):
     else:
         for k in range(40):
             save_image(root / split / "avwxy"[k % 5] / f"{k}.png", (5 * k, 90, 50), (20, 20 + k))
+    if split == "val":
+        save_image(root / "test/images/1.png")  # ImageNet's, without classes
     few = [f"few_shot.root={root}", "few_shot.ways=3", "few_shot.shots=[1,2]", "few_shot.episodes=20"]
     words = ["--config", home / "c.yaml", *few]
     config = models.load_config(home / "c.yaml", few)

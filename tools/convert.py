@@ -111,12 +111,12 @@ def fit(model, path, config, target, begins):
 
 def check_options(content, path, config, role):
     """Refuses a file that tells that it was made with other options -> its class names, if it tells them."""
-    told, class_names = content.get("pretrained_cfg", {}), None  # timm's
+    told, class_names = {"mean": None, "std": None} | (content.get("pretrained_cfg") or {}), None  # timm's
     # These change what a model computes, but no tensor's name or shape.
     keys = ["heads", "head_width"] if config[role].get("kind") == "nac" else ["heads", "eps"]
     if config[role]["experts"]:
         keys.append("top_k")
-    if str(content.get("stage")) in models.STAGES:  # one of our files
+    if str(content.get("stage")) in models.STAGES and {"config", "class_names"} <= content.keys():  # ours
         then, made_as = content["config"], models.STAGES[content["stage"]][1]
         block = then.get(made_as, then["student"])  # a baseline has no block of its own
         for key in keys:
@@ -192,14 +192,14 @@ def module_files(folder, count):
     whole = [files for files in map(sorted, series.values()) if [i for i, _ in files] == list(range(count))]
     if len(whole) != 1:
         found = sorted(f"{name}{i}" for name, files in series.items() for i, _ in files)
-        raise data.UserError(f"{folder} must hold the modules 0 to {count - 1}, but it holds {found}.")
+        raise data.UserError(f"{folder} must be a folder of modules 0 to {count - 1}, but it holds {found}.")
     return [file for _, file in whole[0]]
 
 
 def resize_pos_embed(pos_embed, tokens):
     """Bicubically resizes a position grid; the class token's is kept. 1 1+N D -> 1 tokens D."""
-    old, new = (math.isqrt(count - 1) for count in (pos_embed.shape[1], tokens))
-    if old in (0, new) or old * old != pos_embed.shape[1] - 1:
+    old, new = (math.isqrt(max(count - 1, 0)) for count in ([*pos_embed.shape, 0, 0][1], tokens))
+    if old in (0, new) or pos_embed.ndim != 3 or len(pos_embed) > 1 or old * old != pos_embed.shape[1] - 1:
         return pos_embed  # not a square grid: the shape check will name it
     grid = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False)
@@ -216,8 +216,7 @@ ORIGINAL_NAMES = [
     (r"_compiler\.", "."), (r"exit_layer\.", "exit."), (r"native_", ""), (r"scale_gain$", "gain"),
     (r"layer_scale\.gamma", "gamma"), (r"ffn\.ffn\.0\.", "ffn.fc1."), (r"ffn\.ffn\.2\.", "ffn.fc2."),
     (r"^(input_)?tokenizer\.(backbone|positional_grid)\.", "tokenizer."),
-    (r"^(output_)?tokenizer\.(confidence_scorer|to_logits)", r"pool.\2"),
-]
+    (r"^(output_)?tokenizer\.(confidence_scorer|to_logits)", r"pool.\2")]
 
 
 def translate(state, model):
@@ -239,6 +238,8 @@ def translate(state, model):
             continue
         for pattern, ours in names:
             name = re.sub(pattern, ours, name)
+        if name in out:
+            raise data.UserError(f"two of its tensors are called {name}: FILE#KEY takes one entry of a file.")
         out[name] = value
     # one tensor per expert, htoh4 (1, H, D) -> all experts in one, fc1 (E, H, D)
     for name in [name for name in out if ".moe.experts.0." in name]:

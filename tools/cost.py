@@ -2,7 +2,6 @@
 
     python tools/cost.py --config configs/imagenet_vmoe.yaml [key=value …]    (bash run.sh CONFIG --dry-run)
     WORLD_SIZE=8 python tools/cost.py --config …    the same for eight processes
-    GOAL=distill python tools/cost.py --config …    only this stage and what it needs
     python tools/cost.py --config … --list          checks everything, prints what run.sh has to run
 
 Models get no memory. The data need not be there if the config says data.classes and nothing is trained yet.
@@ -22,8 +21,7 @@ import data
 import few_shot
 import models
 
-# Training images of sets that need not be here, by the name of data.root.
-TRAIN_IMAGES = {"imagenet": 1281167, "tiny_imagenet": 100000}
+TRAIN_IMAGES = {"imagenet": 1281167, "tiny_imagenet": 100000}  # of sets that need not be here, by root's name
 TMAC_AN_HOUR = 150 / 2 * 3600  # at 150 TFLOP/s
 
 
@@ -46,14 +44,12 @@ def main():
     if config["few_shot"]["root"] and not goal:
         last.insert(1, "tools/few_shot.py role=all")
     for name in to_do:
-        try:
-            with torch.device("meta"):
-                models.build(config, models.STAGES[name][1])
-        except data.UserError as e:
-            raise data.UserError(f"{name}: {e} Is it from elsewhere? Use tools/convert.py first.") from None
+        with torch.device("meta"):
+            models.build(config, models.STAGES[name][1])
         if not name.startswith("assemble"):
             steps_of(config, name, 1)
     for name in done:
+        models.forget(config, name)
         print(f"{name} is finished{models.by_other_code(config, name)}", file=sys.stderr)
     print(*["{} role={}".format(*models.STAGES[name]) for name in to_do], *last, sep="\n")
 
@@ -104,7 +100,7 @@ def steps_of(config, name, world):
     else:
         known = TRAIN_IMAGES.get(Path(options["root"]).name, 0) - (options["validation_images"] or 0)
         first, stop = s["images"] or (0, options["train_images"] or known)
-        if stop < 1:
+        if stop <= first:
             raise data.UserError(f"data.root={options['root']!r} is not there; set data.train_images.")
         images = (stop - first) * s["passes"]
     return images, s["epochs"] * data.steps_per_epoch(images, s["batch"], world, s["accumulate"], s["block"])

@@ -44,7 +44,7 @@ def main():
             ci95 = 1.96 * accuracy[:, 0].std().item() / len(accuracy) ** 0.5
             name = f"few-shot {stem} {shots}-shot {few['ways']}-way"
             result = {"role": role, "set": name, "top1": top1, "top5": top5, "ci95": ci95,
-                      "images": len(images), "episodes": len(accuracy)}
+                      "images": len(images), "episodes": len(accuracy), "checksum": images.checksum()}
             if process.rank == 0:
                 problem = evaluate.keep(Path(config["output_dir"], "results.json"), result) or problem
             models.say(process, f"{role}, {name}: top-1 {top1:.2f} ± {ci95:.2f} % of {len(images):,} images")
@@ -58,7 +58,8 @@ def few_shot_set(config):
     if not few["root"] or not root.exists():
         raise data.UserError(f"few_shot.root={few['root']!r} is not there.")
     if root.is_dir():
-        folder = next((root / part for part in ("test", "val") if (root / part).is_dir()), root)
+        parts = [part for part in (root / "test", root / "val") if part.is_dir()] or [root]
+        folder = next((part for part in parts if sum(map(Path.is_dir, part.glob("*"))) > 1), parts[0])
         names = data.class_folders(folder)
         images = data.read_folders(folder, names, names)
     else:
@@ -73,7 +74,7 @@ def episodes(labels, ways, shots, count, seed):
     """`count` episodes of a set's labels (N), a pure function of the arguments -> support (count, ways·shots)
     and query (count, ways·3·shots): indices into the set, class by class.
     """
-    classes = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    classes = np.split(np.argsort(labels, kind="stable"), np.bincount(labels).cumsum()[:-1])
     found = [indices for indices in classes if len(indices) >= 4 * shots]
     if len(found) < ways:
         raise data.UserError(f"few_shot.ways={ways}, but only {len(found)} classes have {4 * shots} images.")

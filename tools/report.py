@@ -35,7 +35,7 @@ def main():
                 raise
             print(f"{folder} is left out: {e}", file=sys.stderr)
     if not runs:
-        raise models.UserError("Name the folders of runs: python tools/report.py runs/demo_nac*")
+        raise models.UserError("Name the folders of finished runs: python tools/report.py runs/demo_nac*")
     lines = table(runs, len(folders) > 1)
     rows = [lines[0], ["---"] * len(lines[0]), *(line.values() for line in lines)]
     rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]  # a | that does not end a cell
@@ -95,12 +95,13 @@ class Run:
         for name, images in self.sets.items():
             if images != other.sets.get(name, images):
                 raise models.UserError(f"{name} has {images[0]} images here, other ones in {also}")
+        if not (self.known and other.known):
+            raise models.UserError(f"no finished model tells its data, here or in {also}")
         for key in ["data.checksum", *other.known, *self.known]:
             old, new = (run.settings.get(key) for run in (other, self))
             if key.endswith(".pt"):  # imported: of each seed another file, but of all seeds or none
                 old, new = old is not None, new is not None
-            # Without a finished model no checksum says that the run belongs to the mean.
-            if old != new and key != "seed" or old is None and key == "data.checksum":
+            if old != new and key != "seed":
                 raise models.UserError(f"{key} is {new!r} here and {old!r} in {also}")
 
     def count_costs(self):
@@ -150,7 +151,7 @@ def read_log(folder):
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-            line["images"] / len(line["modules"])
+            (line["epoch"] + line["images"]) / len({*line["modules"]})
             last[line["stage"], line["module"], line["epoch"]] = line
         except (ValueError, KeyError, TypeError, ZeroDivisionError):
             continue  # a full disk cut it short, and the epoch was repeated
@@ -168,7 +169,8 @@ def table(runs, several):
             line[f"{one} %"] = mean_std([run.scores[role][one] for run in own if one in run.scores[role]])
         if several:
             pairs = [(run.scores[role], plain.scores.get(role, {})) for run in own for plain in runs
-                     if plain.name == first != name and plain.config["seed"] == run.config["seed"]]
+                     if plain.name == first != name and plain.config["seed"] == run.config["seed"]
+                     and plain.sets.get("test") == run.sets.get("test")]
             gains = [new["test"] - old["test"] for new, old in pairs if "test" in new and "test" in old]
             line[f"against {first}, test"] = mean_std(gains, "+")
         for column in ("own TMAC", "all TMAC"):
