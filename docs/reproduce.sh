@@ -323,7 +323,6 @@ states() {
 }
 
 # results.md, "One thing changed", after few_labels. A line: a name, the number of labels, the change.
-# The row with wrong labels is not here, because its option was removed after commit 9494a46.
 one_thing() {
   local seed name labels change base run shared
   for seed in 1 2 3 4 5; do
@@ -346,8 +345,7 @@ END
 }
 
 # results.md, "Inside the student": the demos as they were, with fewer epochs. A line: the student, a
-# name, the change. The row with new codes at every step is not here, because its option was removed after
-# commit 9494a46.
+# name, the change.
 inside() {
   local seed kind name change base former run words
   for seed in 3 4 5 6 7; do
@@ -439,7 +437,7 @@ section           about, on one CPU core
 glyphs            7 hours       m2mKD against its baselines on glyphs, and for other lengths
 gpu               40 minutes    the demos on a GPU (the time is of one GPU and one core)
 experts           1.5 hours     a V-MoE whose experts start almost at zero, as the original's
-depth             4 hours       six and ten modules of a NAC; four modules of three blocks of a V-MoE
+depth             8 hours       six and ten modules of a NAC; four modules of three blocks of a V-MoE
 upcycling         20 minutes    a V-MoE from a dense ViT, against the one of glyphs
 transfer          30 minutes    from glyphs to other letters; needs glyphs
 fashion           2 hours       m2mKD against its baselines on Fashion-MNIST
