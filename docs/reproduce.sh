@@ -150,9 +150,14 @@ depth() {
     stage distill_module.py $shared share=$base output_dir=$base-alpha0 distill.alpha=0
     case $shape in *nac) lengths="3 12 24";; *vmoe) lengths="8 16 32";; esac
     for epochs in $lengths; do lengths $base $base $epochs $shared; done
-    [ $shape = fashion_deep_nac ] || continue
     # The same modules, without stitches
-    student $shared share=$base output_dir=$base-drop-f3 train.student.epochs=3 assemble.stitches=drop
+    shared="$shared train.student.epochs=3 assemble.stitches=drop"
+    case $shape in
+      fashion_deep_nac) student $shared share=$base output_dir=$base-drop-f3 ;;
+      six_nac)
+        student $shared "share=[$base-alpha0,$base]" output_dir=$base-alpha0-drop-f3 distill.alpha=0
+        ;;
+    esac
   done; done
 }
 
