@@ -93,8 +93,8 @@ class Setup(NamedTuple):
 def setup(device="auto"):
     """Device and process group of this process. A collective that waits longer than PATIENCE fails."""
     rank, world = environment("RANK", 0), environment("WORLD_SIZE", 1)
-    known = all(map(os.environ.get, ("RANK", "MASTER_ADDR", "MASTER_PORT")))
-    if rank >= world or world > 1 and not (known and environment("MASTER_PORT", 0) < 2**16):
+    complete = all(map(os.environ.get, ("RANK", "MASTER_ADDR", "MASTER_PORT")))
+    if rank >= world or world > 1 and not (complete and environment("MASTER_PORT", 0) < 2**16):
         raise UserError("RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not complete: start with torchrun.")
     works = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -128,7 +128,7 @@ def environment(name, default):
     """A whole number that torchrun says in the environment."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or name == "WORLD_SIZE" and not int(text):
-        raise UserError(f"{name}={text!r} in the environment is not such a number.")
+        raise UserError(f"{name}={text!r} in the environment is no number that torchrun sets.")
     return int(text)
 
 
@@ -477,7 +477,7 @@ def _pool(options, split):
                         f"{len(names)}.")
     if split in ("train", "test") and len(np.unique(labels)) < len(names):
         raise UserError(f"{root}: some class has no {split} images; leave its name out or complete it.")
-    labels = labels.astype(np.int64)  # big-endian ones, too
+    labels = labels.astype(np.int64)  # torch takes no big-endian numbers
     return ImageSet(labels, names, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
 
 

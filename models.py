@@ -1996,9 +1996,10 @@ def skip(config, process, name, only=None):
 
 
 def forget(config, name, only=None):
-    """Removes the checkpoints of a stage whose files are all there: it would seem begun if one were deleted.
+    """Removes what is left of a finished stage's checkpoints. only=i: of module i's.
 
-    Files of the run's own folder: a shared result is no reason to lose an own beginning.
+    Otherwise a stage whose files are deleted, to train it anew, would go on from its old end. It must be
+    finished in the run's own folder: a shared result is no reason to lose an own beginning.
     """
     places = range(len(files(config, name))) if only is None else [only]
     if all(Path(config["output_dir"], files(config, name)[i]).exists() for i in places):

@@ -310,7 +310,7 @@ def test_run_sh_takes_the_callers_config_and_runs_every_stage_in_order(here):
         f"[{k}/9] {script}.py --config {' '.join(words)} role={role}"
         for k, (script, role) in enumerate(made, 1)]
     # The launcher has made nothing, so the report has nothing to say.
-    assert done.returncode == 2 and "odd #1 é/a run" in one_sentence(done.stderr)
+    assert done.returncode == 2 and "odd #1 é/a run /" in one_sentence(done.stderr)
 
 
 def test_run_sh_works_in_an_odd_folder_also_as_sh_run_sh(here):

@@ -3,8 +3,7 @@
     python tools/convert.py --config C teacher=deit.pth              teacher.pt: no teacher is incubated
     python tools/convert.py --config C teacher_assembled=vit.pth     a fresh classifier; fine-tuning is next
     python tools/convert.py --config C student_modules=FOLDER        student_modules/0.pt …; assembly is next
-    python tools/convert.py --config C student_assembled=nac.pth     a whole student; fine-tuning is next
-    python tools/convert.py --config C student_upcycled=vit.pt       the same, a V-MoE from a ViT of its shape
+    python tools/convert.py --config C student_upcycled=vit.pt       a whole V-MoE from a ViT of its shape
 
 docs/weights.md lists the formats. deit.pth#model_ema is an entry of a file. A folder has a file for each
 module; meta, teacher and teacher_assembled take one, too. Nothing in a file is executed.
@@ -198,9 +197,11 @@ def module_files(folder, count):
 
 def resize_pos_embed(pos_embed, tokens):
     """Bicubically resizes a position grid; the class token's is kept. 1 1+N D -> 1 tokens D."""
-    old, new = (math.isqrt(max(count - 1, 0)) for count in ([*pos_embed.shape, 0, 0][1], tokens))
-    if old in (0, new) or pos_embed.ndim != 3 or len(pos_embed) > 1 or old * old != pos_embed.shape[1] - 1:
-        return pos_embed  # not a square grid: the shape check will name it
+    if pos_embed.ndim != 3 or len(pos_embed) != 1 or pos_embed.shape[1] < 2:
+        return pos_embed  # the shape check will name it, as it does a grid that is not square
+    old, new = (math.isqrt(count - 1) for count in (pos_embed.shape[1], tokens))
+    if old == new or old * old != pos_embed.shape[1] - 1:
+        return pos_embed
     grid = pos_embed[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1].float(), grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)

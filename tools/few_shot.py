@@ -2,7 +2,6 @@
 
     python tools/few_shot.py --config configs/demo_nac.yaml               the student, on few_shot.root
     python tools/few_shot.py --config configs/demo_nac.yaml role=all      all finished models
-    python tools/few_shot.py --config … few_shot.root=data/cub few_shot.shots=[1,5]
 
 few_shot.root is a folder (<class>/* in its test/, its val/ or itself) or an .npz (its test split). In an
 episode a linear classifier learns from the frozen model's features of `shots` images of each of `ways`

@@ -151,7 +151,7 @@ def read_log(folder):
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-            (line["epoch"] + line["images"]) / len({*line["modules"]})
+            (line["epoch"] + line["images"]) / len({*line["modules"]})  # TypeError if they are no numbers
             last[line["stage"], line["module"], line["epoch"]] = line
         except (ValueError, KeyError, TypeError, ZeroDivisionError):
             continue  # a full disk cut it short, and the epoch was repeated
