@@ -237,7 +237,7 @@ def load(config, split, stage=None):
         # Validation from the end: it stays the same whatever train_images is.
         first = max(0, len(pool) - held_out)
         order = order[first:] if split == "validation" else order[:first]
-    if count is None or split == "train" and count == 0:
+    if count is None or split == "train" and count == 0:  # 0 training images: all; 0 for validation: none
         count = len(order)
     if count > len(order) or split == "train" and count == 0:
         raise UserError(f"data.train_images={options['train_images']} and data.validation_images="

@@ -72,7 +72,8 @@ def main():
         meta.train(role == "teacher")  # in incubation M's blocks drop with the module's, and only there
         for images, targets in stage.batches(epoch):
             # h_0 = images, h_i = M_{i-1} ∘ … ∘ M_0 (images): one run of M serves all pairs.
-            if role == "teacher":  # drop path in M, at the rates of the last hybrid
+            # All pairs share h, so M_0 … can drop at the rates of one hybrid only: the last one.
+            if role == "teacher":
                 models.drop_in_hybrid(meta, whole, L - 1, rate)
             stage.seed_noise()
             with models.autocast(config, process.device), torch.no_grad():

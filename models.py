@@ -99,7 +99,7 @@ class Mlp(nn.Module):
 
 
 def without_autocast(x):
-    """For what needs float32, and for what is too small to be worth casts. ("meta" knows no autocast.)"""
+    """For what needs float32, or is too small to be worth casts. (torch's device "meta" has no autocast.)"""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
 
 
@@ -314,8 +314,8 @@ class Jitter(nn.Module):
     def forward(self, codes):
         if not self.training or self.amount == 0:
             return codes
-        # c + U(−.05|c|, +.05|c|)
-        return codes + self.amount * codes * torch.empty_like(codes).uniform_(-1, 1)
+        # c + U(−.05|c|, +.05|c|), by rand_like, because torch.compile does not fuse uniform_
+        return codes + 2 * self.amount * codes * (torch.rand_like(codes) - 0.5)
 
 
 class ModFC(nn.Module):
@@ -369,7 +369,8 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x):
-        # On CUDA cuDNN's layout of depthwise convolutions; else the weight's, for its gradient's strides.
+        # On CUDA cuDNN's layout of depthwise convolutions; else the weight's own, so that its gradient has the
+        # strides that DistributedDataParallel wants.
         x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
         # With channels last a 1×1 convolution is a linear layer.
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # B H W D
@@ -434,11 +435,12 @@ class Seeder(nn.Module):
         nn.init.constant_(self.logvar.bias, -5.0)
 
     def forward(self, codes, batch):
-        codes = self.norm(self.jitter(codes))
-        states = self.mu(codes).expand(batch, -1, -1)  # B U D
-        if not self.training:
-            return states
-        return states + torch.randn_like(states) * torch.exp(0.5 * self.logvar(codes))
+        with without_autocast(codes):
+            codes = self.norm(self.jitter(codes))
+            states = self.mu(codes).expand(batch, -1, -1)  # B U D
+            if not self.training:
+                return states
+            return states + torch.randn_like(states) * torch.exp(0.5 * self.logvar(codes))
 
 
 class ReadIn(nn.Module):
@@ -792,7 +794,7 @@ def block_model(nac, groups=8, p_in=0.9, p_out=0.2):
 
 
 def regularizer(model, config):
-    """What training adds to the loss: a NAC's graph regularizer, or the balance losses of mixtures."""
+    """What training adds to the loss: a NAC's graph regularizer, or the balance losses of mixtures, or 0."""
     c = config["train"]["student"]
     if not isinstance(model, NAC) or not c["regularizer"]:
         return sum(m.aux for m in model.modules() if isinstance(m, MoE) and m.balance)
@@ -942,21 +944,15 @@ def own_modules(nac):
 
 def original_modules(nac):
     """The L modules of a NAC inside M, for distill.codes=original."""
-    modules, last = [], len(nac.propagators) + 1
     for module in nac.modules():  # a fixed code is not shaken either
         if isinstance(module, Jitter):
             module.amount = 0
-    for i in range(last + 1):
-        token_codes = TokenCodes(torch.randn_like(nac.input_latents.codes[:1]))
-        code = torch.randn_like(nac.input_latents.codes[:1]) if i in (0, last) else None
-        state = torch.randn(1, 1, nac.seeder.mu.out_features)
-        if i == 0:
-            modules.append(ReadInModule(nac, RandomLatent(code, state)))
-        elif i == last:
-            modules.append(ReadOutModule(nac, RandomLatent(code, state), token_codes))
-        else:
-            modules.append(PropagatorModule(nac.propagators[i - 1], token_codes))
-    return modules
+    first, *codes, last = torch.randn(len(nac.propagators) + 2, 1, nac.input_latents.codes.shape[1])
+    states = torch.randn(2, 1, 1, nac.seeder.mu.out_features)
+    # The read-out's latent has the code of the tokens that it hears.
+    return [ReadInModule(nac, RandomLatent(first, states[0])),
+            *(PropagatorModule(*pair) for pair in zip(nac.propagators, map(TokenCodes, codes))),
+            ReadOutModule(nac, RandomLatent(last, states[1]), TokenCodes(last))]
 
 
 NAC_MODULES = {"own": own_modules, "original": original_modules}
@@ -1314,7 +1310,7 @@ def keys_of(override):
         raise UserError(f"'{override}' is not an override such as distill.alpha=0.9.")
     values = {}
     for name in fnmatch.filter(KEYS, key) or [key]:
-        # A text is not parsed: output_dir=a #3
+        # A text is not parsed (output_dir=a #3), but null and, where the key allows one, a list
         kind = KEYS.get(name, (int,))[0]
         plain = allowed("text", kind) and text != "null" and not (text[:1] == "[" and allowed([], kind))
         values[name] = os.path.expanduser(text) if plain else parse(text, f"{key}={text}: the value")
@@ -1578,6 +1574,7 @@ def settings(config, name, evaluating=False, memo=None):
     """{dotted key: value} of what a stage's result depends on: kept in its files, compared later.
 
     What is built on imported weights depends on these instead of on the stage that would have made them.
+    Which file a parent has is finished()'s answer, which asks for the parent's settings: `memo` keeps these.
     """
     memo = {} if memo is None else memo
     if name not in memo:

@@ -398,9 +398,11 @@ def test_no_noise_on_a_fixed_code(tmp_path):
     for codes, noisy in (("own", True), ("original", False)):
         c = config(tmp_path, f"distill.codes={codes}")
         # A propagator, since it has no seeder.
-        module = models.cut(models.build(c, "student"), c, "student")[1].train()
+        _, module, last = models.cut(models.build(c, "student"), c, "student")
         x = torch.randn(3, 17, c["meta"]["width"])
-        assert torch.equal(module(x), module(x)) != noisy, codes
+        assert torch.equal(module.train()(x), module(x)) != noisy, codes
+    # The original has one code a module: the read-out's latent shares the tokens'.
+    assert torch.equal(last.body.latents.codes, last.body.token_codes.codes)
 
 
 # ---------- Losses
