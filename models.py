@@ -369,8 +369,8 @@ class ConvNeXtBlock(nn.Module):
         self.gamma = nn.Parameter(torch.full((width,), 1e-6))
 
     def forward(self, x):
-        # On CUDA cuDNN's layout of depthwise convolutions; else the weight's own, which gives its gradient the
-        # strides that DistributedDataParallel wants.
+        # On CUDA cuDNN's layout of depthwise convolutions; else the weight's own, so its gradient has strides
+        # that DistributedDataParallel can use.
         x = x.contiguous(memory_format=torch.channels_last if x.is_cuda else torch.contiguous_format)
         # With channels last a 1×1 convolution is a linear layer.
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))  # B H W D
