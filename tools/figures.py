@@ -244,7 +244,8 @@ DEPTHS = {  # panel: [(name of the runs, epochs of the plain run, its line, colo
     "NAC, glyphs": [("demo_nac", 6, "3 modules", SKY), ("six_nac", None, "6 modules", BLUE),
                     ("deep_nac", None, "10 modules", BLACK)],
     "V-MoE, glyphs": [("demo_vmoe", 8, "3 modules of 1 block", SKY),
-                      ("deep_vmoe", None, "4 modules of 3 blocks", BLUE)]}
+                      ("deep_vmoe", None, "4 modules of 3 blocks", BLUE),
+                      ("eight_vmoe", None, "8 modules of 1 block", BLACK)]}
 
 
 def depth(results):
