@@ -1525,18 +1525,19 @@ def check_finite(state, what):
 
 # ---------- Run folder: which stage made which file, with which settings
 
-# stage: (script, role, the blocks of the config that it adds to those of the stages it builds on)
+# stage: (script, role, the stages that it builds on, the blocks of the config that it adds to theirs)
 STAGES = {
-    "meta": ("finetune.py", "meta", ["meta", "train.meta"]),
-    "incubate": ("distill_module.py", "teacher", ["teacher", "train.incubate"]),
-    "assemble_teacher": ("assemble.py", "teacher", ["teacher"]),
-    "teacher": ("finetune.py", "teacher", ["teacher", "train.teacher"]),
-    "distill": ("distill_module.py", "student", ["student", "distill", "train.distill"]),
-    "assemble_student": ("assemble.py", "student", ["student", "assemble"]),
-    "student": ("finetune.py", "student", ["student", "assemble", "distill", "train.student"]),
-    "baseline": ("finetune.py", "baseline",
+    "meta": ("finetune.py", "meta", [], ["meta", "train.meta"]),
+    "incubate": ("distill_module.py", "teacher", ["meta"], ["teacher", "train.incubate"]),
+    "assemble_teacher": ("assemble.py", "teacher", ["incubate"], ["teacher"]),
+    "teacher": ("finetune.py", "teacher", ["assemble_teacher"], ["teacher", "train.teacher"]),
+    "distill": ("distill_module.py", "student", ["meta", "teacher"], ["student", "distill", "train.distill"]),
+    "assemble_student": ("assemble.py", "student", ["distill"], ["student", "assemble"]),
+    "student": ("finetune.py", "student", ["assemble_student", "teacher"],
+                ["student", "assemble", "distill", "train.student"]),
+    "baseline": ("finetune.py", "baseline", [],
                  ["student", "assemble", "train.student", "train.baseline_epochs"]),
-    "baseline_kd": ("finetune.py", "baseline_kd",
+    "baseline_kd": ("finetune.py", "baseline_kd", ["teacher"],
                     ["student", "assemble", "distill", "train.student", "train.baseline_epochs"]),
 }
 # Keys that change no result
@@ -1545,10 +1546,7 @@ LEFT_OUT = ("data.root", "data.workers", "data.test_images", "data.robustness")
 
 def parents(config, name):
     """The stages that a stage builds on. A teacher is needed only where α > 0."""
-    teacher = ["teacher"] if alpha_of(config, name) > 0 else []
-    return {"incubate": ["meta"], "assemble_teacher": ["incubate"], "teacher": ["assemble_teacher"],
-            "distill": ["meta", *teacher], "assemble_student": ["distill"],
-            "student": ["assemble_student", *teacher], "baseline_kd": teacher}.get(name, [])
+    return [one for one in STAGES[name][2] if one != "teacher" or alpha_of(config, name) > 0]
 
 
 def files(config, name):
@@ -1586,7 +1584,7 @@ def settings(config, name, evaluating=False, memo=None):
             known |= imported
             if len(imported) < len(found):
                 known |= settings(config, parent, evaluating, memo)
-        blocks = ["seed", "precision", "data", *STAGES[name][2]]
+        blocks = ["seed", "precision", "data", *STAGES[name][3]]
         known |= {key: value for key, value in flatten(config).items() if key not in LEFT_OUT
                   and any(key == block or key.startswith(f"{block}.") for block in blocks)}
         memo[name] = known | data.identity(config["data"])

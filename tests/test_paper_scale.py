@@ -145,7 +145,7 @@ def two_steps_of_every_stage(name, run, words, expected, goal=""):
     words = ["--config", f"configs/{name}.yaml", *TWO_STEPS, *words, f"output_dir={run}"]
     print(f"\n{name}: models as in {words[1]}; overrides {' '.join(words[2:])}", flush=True)
     config = models.load_config(ROOT / words[1], words[2:])
-    stages = {(script, role): stage for stage, (script, role, _) in models.STAGES.items()}
+    stages = {(script, role): stage for stage, (script, role, *_) in models.STAGES.items()}
     listed = [line.split() for line in command(["tools/cost.py", *words, "--list"], GOAL=goal).splitlines()
               if re.match(r"[\w/]+\.py ", line)]
     outputs, seen = {}, 0
