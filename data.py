@@ -512,14 +512,13 @@ def _split_folder(root, split, names):
                         f"them has {odd[0]!r} ({len(odd)} such{alike}); complete data.root or remove the "
                         "folder.")
     if split != "train":
-        own, train = (_listing(part, tuple(names))[2] for part in (folder, root / "train"))
+        own, train = (_listing(part, tuple(names))[0] for part in (folder, root / "train"))
         if both := own.keys() & train.keys():
             raise UserError(f"{min(both)} is in train/ and, by a link, in {folder.name}/ ({len(both)} such); "
                             "remove the link.")
     return folder
 
 
-SPLITS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -574,39 +573,39 @@ def _image_files(folder, stop, others):
 
 @functools.lru_cache(maxsize=8)
 def _listing(folder, found):
-    """The class folders `found`: [(image file, class name), …], a checksum, {real path: class name}.
+    """The class folders `found` -> {an image's real path: (its path, class name)}, a checksum.
 
     Listed once, since a stage asks for it many times. The checksum is over the files' names and over the
     beginning of each class's first image.
     """
     # A link to a class folder, of another split too, or to what is above it, would lead to other images.
-    top, siblings = folder.resolve(), [folder.parent / split for split in SPLITS]
+    top, siblings = folder.resolve(), [folder.parent / split for split in ("train", "val", "test")]
     above = {str(top), *map(str, top.parents)}
     places = {place / name for place in (folder, *siblings) for name in ("", *found)}
     stop = above | {os.path.realpath(place) for place in places}
-    listing, others, known = [], [], {}
+    listing, others = {}, []
     for name in found:
         if os.path.realpath(folder / name) in above:
             raise UserError(f"{folder / name} is a link to a folder that holds it; remove it.")
         files = _image_files(folder / name, stop, others)
-        for real, path in files.items():
-            if known.setdefault(real, name) != name:
-                raise UserError(f"{path} and an image of class {known[real]!r} are one file; remove one of "
-                                "the two.")
-        listing += [(path, name) for path in sorted(files.values())]
+        for real in sorted(files, key=files.get):
+            if real in listing:
+                raise UserError(f"{files[real]} and an image of class {listing[real][1]!r} are one file; "
+                                "remove one of the two.")
+            listing[real] = files[real], name
     if others:
         note(f"{folder}: {len(others)} files do not end like images and are not read, such as {others[0]}")
-    names = "\n".join(path[len(str(folder)):] for path, _ in listing)
+    names = "\n".join(path[len(str(folder)):] for path, _ in listing.values())
     checksum = zlib.crc32(names.encode(errors="surrogateescape"))
-    for path in {name: path for path, name in reversed(listing)}.values():
+    for path in {name: path for path, name in reversed(listing.values())}.values():
         with open(path, "rb") as file:
             checksum = zlib.crc32(file.read(4096), checksum)
-    return listing, checksum, known
+    return listing, checksum
 
 
 def read_folders(folder, names, found, complete=True):
     """The images of the class folders `found`, labeled by place in `names`. `complete`: none may be empty."""
-    listing = _listing(Path(folder), tuple(found))[0]
+    listing = _listing(Path(folder), tuple(found))[0].values()
     label = {name: k for k, name in enumerate(names)}
     empty = label.keys() - {name for _, name in listing}
     if complete and empty:
