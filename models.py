@@ -1745,20 +1745,10 @@ TITLES = {"meta": "meta model", "incubate": "teacher modules", "distill": "m2mKD
 
 
 class Stage:
-    """Optimizers, schedule, noise, log and checkpoint of one stage.
+    """Optimizers, schedule, noise, log and checkpoint of one stage; finetune.py's loop shows its use.
 
-        stage = Stage(config, process, "distill", {i: module, …}, {i: file, …}, train)  # resumes
-        for epoch in stage.epochs():
-            for images, targets in stage.batches(epoch):  # from the step at which it stopped
-                stage.seed_noise(i)
-                …                                         # a loss and its backward() for each module
-                stage.record(i, loss, logits, targets)
-                stage.step()                              # AdamW, after `accumulate` batches
-            stage.end_epoch({i: validation accuracy})     # log, checkpoint
-        stage.finish()                                    # the files; the checkpoint goes
-
-    Modules are trained side by side, each with its own AdamW. A whole model is one, named like its stage.
-    only=i: a job for module i alone, with a checkpoint of its own.
+    Modules {i: module} are trained side by side, each with its own AdamW, and become files {i: file}. A whole
+    model is one, named like its stage. only=i: a job for module i alone, with a checkpoint of its own.
     """
 
     def __init__(self, config, process, name, modules, files, images, only=None):
@@ -1908,9 +1898,15 @@ class Stage:
         return stop > 0
 
     def end_epoch(self, validated):
-        """Writes log and checkpoint, prints a line. validated: {i: accuracy in %}"""
-        stop, seconds = self.check(), time.monotonic() - self.began
-        lines = [self.log_line(i, validated[i], seconds / len(self.modules)) for i in self.modules]
+        """Writes log (docs/operations.md) and checkpoint, prints a line. validated: {i: accuracy in %}"""
+        stop, seconds, lines = self.check(), time.monotonic() - self.began, []
+        for i, (loss, correct, images) in self.totals.items():
+            lines.append({
+                "stage": self.name, "module": i, "epoch": self.epoch + 1, "step": self.number,
+                "loss": loss / images, "top1": 100 * correct / images, "val_top1": validated[i],
+                "lr": self.lr, "images_per_second": images / max(self.trained, 1e-3),
+                "seconds": seconds / len(self.modules), "images": self.steps * self.total_batch,
+                "modules": [*self.modules], **log_extras(self.modules[i])})
         if self.process.rank == 0:
             # The log first: an epoch that is repeated after a kill logs again, and its last lines count.
             append(Path(self.config["output_dir"], "log.jsonl"), lines)
@@ -1918,15 +1914,6 @@ class Stage:
         self.print_epoch(lines, seconds)
         if stop:
             self.leave()
-
-    def log_line(self, i, val_top1, seconds):
-        """A line of log.jsonl (docs/operations.md)."""
-        loss, correct, images = self.totals[i]
-        return {"stage": self.name, "module": i, "epoch": self.epoch + 1, "step": self.number,
-                "loss": loss / images, "top1": 100 * correct / images, "val_top1": val_top1, "lr": self.lr,
-                "images_per_second": images / max(self.trained, 1e-3), "seconds": seconds,
-                "images": self.steps * self.total_batch, "modules": [*self.modules],
-                **log_extras(self.modules[i])}
 
     def print_epoch(self, lines, seconds):
         losses = [line["loss"] for line in lines]
