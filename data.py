@@ -272,7 +272,7 @@ def _test_set(options, split):
         if alike := nfc(found - {*names}) & nfc(names):
             raise UserError(f"data.robustness={split} has a folder whose name looks like class "
                             f"{min(alike)!r} (Unicode NFC, NFD); rename it.")
-        images = read_folders(folder, names, sorted(found & {*names}), complete=False)
+        images = read_folders(folder, names, sorted(found & {*names}))
     images.present = images.labels.bincount(minlength=len(names)) > 0
     if (classes := images.present.sum()) < 2:
         raise UserError(f"data.robustness={split} has images of {classes} of the training set's classes, "
@@ -468,7 +468,7 @@ def _pool(options, split):
     """All images of a split as it is on disk: train, test, or another one of an .npz."""
     root, names = Path(options["root"]), class_names(options)
     if root.suffix != ".npz":
-        return read_folders(_split_folder(root, split, names), names, names)
+        return read_folders(root / "train" if split == "train" else _test_folder(root, names), names)
     images, labels = read_npz(root, f"{split}_images", f"{split}_labels")
     fine = images.dtype == np.uint8 and images.shape[3:] == (3,) and labels.shape == images.shape[:1]
     fine = fine and labels.dtype.kind in "iu" and images.size
@@ -497,12 +497,12 @@ def _npz_names(path):
     return names.tolist()
 
 
-def _split_folder(root, split, names):
-    """The folder of a split, with the same class folders as train/."""
-    folder = root / split
+def _test_folder(root, names):
+    """The folder of the test images, with the same class folders as train/ but none of its images."""
+    folder = root / "test"
     _entries(root)  # refuses links to what is gone
     # ImageNet's own test/ has no labels: everyone's test accuracies are about val/.
-    if split == "test" and not (folder.is_dir() and {entry.name for entry in _entries(folder)} & {*names}):
+    if not (folder.is_dir() and {entry.name for entry in _entries(folder)} & {*names}):
         folder = root / "val"
     if not folder.is_dir():
         raise UserError(f"{root} has neither test/<class>/* nor val/<class>/* for the test accuracy.")
@@ -511,11 +511,10 @@ def _split_folder(root, split, names):
         raise UserError(f"{folder} and {root / 'train'} must hold the same class folders, but only one of "
                         f"them has {odd[0]!r} ({len(odd)} such{alike}); complete data.root or remove the "
                         "folder.")
-    if split != "train":
-        own, train = (_listing(part, tuple(names))[0] for part in (folder, root / "train"))
-        if both := own.keys() & train.keys():
-            raise UserError(f"{min(both)} is in train/ and, by a link, in {folder.name}/ ({len(both)} such); "
-                            "remove the link.")
+    own, train = (_listing(part, tuple(names))[0] for part in (folder, root / "train"))
+    if both := own.keys() & train.keys():
+        raise UserError(f"{min(both)} is in train/ and, by a link, in {folder.name}/ ({len(both)} such); "
+                        "remove the link.")
     return folder
 
 
@@ -603,12 +602,12 @@ def _listing(folder, found):
     return listing, checksum
 
 
-def read_folders(folder, names, found, complete=True):
-    """The images of the class folders `found`, labeled by place in `names`. `complete`: none may be empty."""
-    listing = _listing(Path(folder), tuple(found))[0].values()
+def read_folders(folder, names, found=None):
+    """The images of the class folders `names`, none of which may be empty, or of some `found` among them."""
+    listing = _listing(Path(folder), tuple(names if found is None else found))[0].values()
     label = {name: k for k, name in enumerate(names)}
     empty = label.keys() - {name for _, name in listing}
-    if complete and empty:
+    if found is None and empty:
         raise UserError(f"{Path(folder, min(empty))} holds no images; complete it or remove the folder.")
     return ImageSet([label[name] for _, name in listing], names, files=[file for file, _ in listing])
 

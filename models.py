@@ -1898,15 +1898,9 @@ class Stage:
         return stop > 0
 
     def end_epoch(self, validated):
-        """Writes log (docs/operations.md) and checkpoint, prints a line. validated: {i: accuracy in %}"""
-        stop, seconds, lines = self.check(), time.monotonic() - self.began, []
-        for i, (loss, correct, images) in self.totals.items():
-            lines.append({
-                "stage": self.name, "module": i, "epoch": self.epoch + 1, "step": self.number,
-                "loss": loss / images, "top1": 100 * correct / images, "val_top1": validated[i],
-                "lr": self.lr, "images_per_second": images / max(self.trained, 1e-3),
-                "seconds": seconds / len(self.modules), "images": self.steps * self.total_batch,
-                "modules": [*self.modules], **log_extras(self.modules[i])})
+        """Writes log and checkpoint, prints a line. validated: {i: accuracy in %}"""
+        stop, seconds = self.check(), time.monotonic() - self.began
+        lines = [self.log_line(i, validated[i], seconds / len(self.modules)) for i in self.modules]
         if self.process.rank == 0:
             # The log first: an epoch that is repeated after a kill logs again, and its last lines count.
             append(Path(self.config["output_dir"], "log.jsonl"), lines)
@@ -1914,6 +1908,15 @@ class Stage:
         self.print_epoch(lines, seconds)
         if stop:
             self.leave()
+
+    def log_line(self, i, val_top1, seconds):
+        """A line of log.jsonl (docs/operations.md)."""
+        loss, correct, images = self.totals[i]
+        return {"stage": self.name, "module": i, "epoch": self.epoch + 1, "step": self.number,
+                "loss": loss / images, "top1": 100 * correct / images, "val_top1": val_top1, "lr": self.lr,
+                "images_per_second": images / max(self.trained, 1e-3), "seconds": seconds,
+                "images": self.steps * self.total_batch, "modules": [*self.modules],
+                **log_extras(self.modules[i])}
 
     def print_epoch(self, lines, seconds):
         losses = [line["loss"] for line in lines]

@@ -60,7 +60,7 @@ def few_shot_set(config):
         parts = [part for part in (root / "test", root / "val") if part.is_dir()] or [root]
         folder = next((part for part in parts if sum(map(Path.is_dir, part.glob("*"))) > 1), parts[0])
         names = data.class_folders(folder)
-        images = data.read_folders(folder, names, names)
+        images = data.read_folders(folder, names)
     else:
         images = data.load({"data": {"root": few["root"], "classes": None, "test_images": 0}}, "test")
     images = data.subset(images, few["images"], "few_shot.images")

@@ -220,7 +220,7 @@ def cub(out, folder):
 def tiny_imagenet_r(out, folder):
     """All classes of ImageNet-R. Evaluation takes those of the training set, by name."""
     names = data.class_folders(folder)
-    files = data.read_folders(folder, names, names).files
+    files = data.read_folders(folder, names).files
     save_folder(out, ((f"{Path(file).relative_to(folder).parts[0]}/{i:06}.png",
                        data.read_image(file).resize((64, 64))) for i, file in enumerate(files)))
 
@@ -228,7 +228,7 @@ def tiny_imagenet_r(out, folder):
 def tiny_imagenet(out, folder):
     """train/ is linked as it is, val/ by class. It comes as one folder and a list of file, class and box."""
     names, flat = data.class_folders(folder / "train"), folder / "val/images"
-    data.read_folders(folder / "train", names, names)  # refuses what is empty or cannot be read
+    data.read_folders(folder / "train", names)  # refuses what is empty or cannot be read
     lines = (folder / "val/val_annotations.txt").read_text().splitlines()
     classes = dict(line.split()[:2] for line in lines)
     if odd := {path.name for path in flat.glob("[!.]*")} ^ classes.keys() or {*classes.values()} ^ {*names}:
