@@ -1763,10 +1763,10 @@ class Stage:
         self.path = checkpoint_path(config, name, only)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         written = [self.path, *(Path(config["output_dir"], file) for file in files.values())]
-        self.locks = {file: lock(file) for file in written} if process.rank == 0 else {}
+        self.locks = [lock(file) for file in written] if process.rank == 0 else []
         if self.locks and any(finished(config, name, file) for file in files.values()):
             raise UserError(f"{self.title} was finished by another job meanwhile: start again.")
-        self.number = self.resume() if self.path.exists() else 0
+        self.number, resumed = self.resume() if self.path.exists() else (0, "")
         facts = {"stage": name, "step": self.number, "modules": [*modules], "code": code()}
         data.agree(process, facts | self.settings)
         begin(config, process)
@@ -1783,7 +1783,6 @@ class Stage:
         self.thread.start()
         several = "" if name in modules else f"{len(modules)} modules, "
         epochs = "1 epoch" if c["epochs"] == 1 else f"{c['epochs']} epochs"
-        resumed = f", resumed at step {self.number}{self.other_code}" if self.number else ""
         announce(process, f"{self.title}: {several}{sum(map(parameters, modules.values())):,} parameters, "
                  f"{epochs} of {self.steps} steps of {self.total_batch} images{resumed}")
 
@@ -1801,7 +1800,7 @@ class Stage:
                     os._exit(128 + number[0])
 
     def resume(self):
-        """Loads an unfinished stage's checkpoint -> its step. Raises UserError on other settings."""
+        """Loads an unfinished stage's checkpoint -> its step, also in words. Raises UserError on a misfit."""
         saved = read(self.path, whole=self.process.rank == 0)
         if not {"processes", "settings", "modules", "optimizers", "number"} <= saved.keys():
             raise UserError(f"{self.path} is no checkpoint of an unfinished stage; remove it.")
@@ -1809,13 +1808,13 @@ class Stage:
             raise UserError(f"processes was {before} when {self.path} was begun, now it is "
                             f"{self.process.world}: go on with as many as before, or remove it.")
         compare(saved["settings"], self.settings, self.path, self.config)
-        self.other_code = " (other code began it)" if saved.get("code") != code() else ""
         for i, module in self.modules.items():
             if i not in saved["modules"]:
                 raise UserError(f"{self.path} was begun without module {i}: train it first, with module={i}.")
             module.load_state_dict(saved["modules"][i])
             self.optimizers[i].load_state_dict(saved["optimizers"][i])
-        return saved["number"]
+        other = " (other code began it)" if saved.get("code") != code() else ""
+        return saved["number"], f", resumed at step {saved['number']}{other}"
 
     def distributed(self, module):
         """The module as the loop calls it: compiled, and wrapped to average the processes' gradients."""
@@ -1961,8 +1960,8 @@ class Stage:
                               self.images.class_names, known=self.settings)
             self.path.unlink(missing_ok=True)
             forget(self.config, self.name)
-        for file, held in self.locks.items():
-            file.with_suffix(".lock").unlink(missing_ok=True)
+        for held in self.locks:
+            Path(held.name).unlink(missing_ok=True)
             held.close()
         for number in self.signals:
             signal.signal(number, signal.SIG_DFL)
