@@ -129,7 +129,7 @@ experts() {
 }
 
 # results.md, "More modules". Not all of this is in its table: six modules at 24 epochs, ten on Fashion-MNIST
-# at 24 and with α = 0, and α = 0 of deep_vmoe at 32 are not.
+# at 24 and with α = 0, and α = 0 of deep_vmoe at 32 and of fashion_deep_vmoe at 48 are not.
 depth() {
   local seed shape base shared epochs lengths
   [ -f data/fashion_mnist.npz ] || python tools/prepare.py fashion_mnist data/fashion_mnist.npz
@@ -153,7 +153,11 @@ depth() {
     meta_and_teacher $shared output_dir=$base
     stage distill_module.py $shared output_dir=$base
     stage distill_module.py $shared share=$base output_dir=$base-alpha0 distill.alpha=0
-    case $shape in *nac | fashion*) lengths="3 12 24";; *vmoe) lengths="8 16 32";; esac
+    case $shape in
+      fashion_deep_vmoe) lengths="3 12 24 48" ;;
+      *nac) lengths="3 12 24" ;;
+      *vmoe) lengths="8 16 32" ;;
+    esac
     for epochs in $lengths; do lengths $base $base $epochs $shared; done
     # The same modules, without stitches
     shared="$shared train.student.epochs=3 assemble.stitches=drop"
@@ -447,7 +451,7 @@ section           about, on one CPU core
 glyphs            7 hours       m2mKD against its baselines on glyphs, and for other lengths
 gpu               40 minutes    the demos on a GPU (the time is of one GPU and one core)
 experts           1.5 hours     a V-MoE whose experts start almost at zero, as the original's
-depth             11 hours      six and ten modules of a NAC; eight, and four of three blocks, of a V-MoE
+depth             12 hours      six and ten modules of a NAC; eight, and four of three blocks, of a V-MoE
 upcycling         20 minutes    a V-MoE from a dense ViT, against the one of glyphs
 transfer          30 minutes    from glyphs to other letters; needs glyphs
 fashion           2 hours       m2mKD against its baselines on Fashion-MNIST
