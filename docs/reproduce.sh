@@ -131,7 +131,7 @@ experts() {
 # results.md, "More modules". Not all of this is in its table: six modules at 24 epochs, ten on Fashion-MNIST
 # at 24 and with α = 0, and α = 0 of deep_vmoe at 32 and of fashion_deep_vmoe at 48 are not.
 depth() {
-  local seed shape base shared epochs lengths
+  local seed shape base shared drop epochs lengths
   [ -f data/fashion_mnist.npz ] || python tools/prepare.py fashion_mnist data/fashion_mnist.npz
   for seed in 60 61 62; do for shape in six_nac deep_nac deep_vmoe eight_vmoe fashion_deep_nac \
     fashion_deep_vmoe; do
@@ -159,12 +159,18 @@ depth() {
       *vmoe) lengths="8 16 32" ;;
     esac
     for epochs in $lengths; do lengths $base $base $epochs $shared; done
-    # The same modules, without stitches
-    shared="$shared train.student.epochs=3 assemble.stitches=drop"
+    # The same modules without stitches; experts that start almost at zero
+    drop="$shared train.student.epochs=3 assemble.stitches=drop"
     case $shape in
-      fashion_deep_nac) student $shared share=$base output_dir=$base-drop-f3 ;;
+      fashion_deep_nac) student $drop share=$base output_dir=$base-drop-f3 ;;
       six_nac)
-        student $shared "share=[$base-alpha0,$base]" output_dir=$base-alpha0-drop-f3 distill.alpha=0
+        student $drop "share=[$base-alpha0,$base]" output_dir=$base-alpha0-drop-f3 distill.alpha=0
+        ;;
+      deep_vmoe)
+        for epochs in 8 16; do
+          whole $shared output_dir=$base-zero-b$epochs role=baseline train.baseline_epochs=$epochs \
+            student.expert_std=0.012
+        done
         ;;
     esac
   done; done
