@@ -56,7 +56,7 @@ def main():
     if words.sandwich:  # without the date, so that the same code writes the same bytes
         sandwich().savefig(words.sandwich, facecolor="white", metadata={"Date": None})
     elif words.depth:
-        depth(Path(__file__).resolve().parents[1] / "docs/results.csv").savefig(words.depth)
+        depth(Path(__file__).resolve().parents[1] / "docs/results.csv").savefig(words.depth, dpi=120)
     elif not words.runs:
         parser.error("name a run's folder, sandwich=FILE or depth=FILE")
     if len(words.runs) > 1 and not words.out:
