@@ -603,7 +603,10 @@ def _listing(folder, found):
 
 
 def read_folders(folder, names, found=None):
-    """The images of the class folders `names`, none of which may be empty, or of some `found` among them."""
+    """The images of the class folders, labeled by place in `names`. None may be empty.
+
+    found: the ones of these classes that a robustness set has; it need not have all.
+    """
     listing = _listing(Path(folder), tuple(names if found is None else found))[0].values()
     label = {name: k for k, name in enumerate(names)}
     empty = label.keys() - {name for _, name in listing}

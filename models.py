@@ -949,9 +949,10 @@ def original_modules(nac):
             module.amount = 0
     first, *codes, last = torch.randn(len(nac.propagators) + 2, 1, nac.input_latents.codes.shape[1])
     states = torch.randn(2, 1, 1, nac.seeder.mu.out_features)
+    pairs = zip(nac.propagators, codes)
     # The read-out's latent has the code of the tokens that it hears.
     return [ReadInModule(nac, RandomLatent(first, states[0])),
-            *(PropagatorModule(*pair) for pair in zip(nac.propagators, map(TokenCodes, codes))),
+            *(PropagatorModule(propagator, TokenCodes(code)) for propagator, code in pairs),
             ReadOutModule(nac, RandomLatent(last, states[1]), TokenCodes(last))]
 
 
@@ -1310,7 +1311,7 @@ def keys_of(override):
         raise UserError(f"'{override}' is not an override such as distill.alpha=0.9.")
     values = {}
     for name in fnmatch.filter(KEYS, key) or [key]:
-        # A text is not parsed (output_dir=a #3), but null and, where the key allows one, a list
+        # A text is not parsed (output_dir=a #3). Null is, and so is a list where the key allows one.
         kind = KEYS.get(name, (int,))[0]
         plain = allowed("text", kind) and text != "null" and not (text[:1] == "[" and allowed([], kind))
         values[name] = os.path.expanduser(text) if plain else parse(text, f"{key}={text}: the value")
@@ -1572,7 +1573,7 @@ def settings(config, name, evaluating=False, memo=None):
     """{dotted key: value} of what a stage's result depends on: kept in its files, compared later.
 
     What is built on imported weights depends on these instead of on the stage that would have made them.
-    Which file a parent has is finished()'s answer, which asks for the parent's settings: `memo` keeps these.
+    finished() and this function call each other for the parents; `memo` computes each stage's settings once.
     """
     memo = {} if memo is None else memo
     if name not in memo:
